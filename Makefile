@@ -1,0 +1,58 @@
+# Every target works on a fresh machine with Python >= 3.10 and make: it builds its own virtual
+# environment first, so neither root nor a writable system Python is needed.
+#
+#   make demo       a real RAG program, traced through a real server, shown in the terminal
+#   make test       the test suite
+#   make test-all   the test suite on every Python 3.10 to 3.13 found here
+#   make lint       lint, format check, strict types
+#   make bench      what the speed claims rest on
+#   make dist       wheel and sdist in dist/
+
+PYTHON ?= $(shell sh tests/tools/find_python.sh)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint format bench dist clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/evalvault-sdk demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all:
+	@for version in 3.10 3.11 3.12 3.13; do \
+	  python=$$(sh tests/tools/find_python.sh $$version 2>/dev/null) \
+	    || { echo "== Python $$version is not on this machine: skipped"; continue; }; \
+	  echo "== Python $$version ($$python)"; \
+	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	done
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.recording
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv .venv-3.* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 1; }
+	sh tests/tools/make_venv.sh "$(PYTHON)" "$(VENV)"
+
+# A stamp per set of dependencies: `make demo` does not pay for what only developers need.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@touch $@

@@ -1,0 +1,149 @@
+"""
+Draw a run in the terminal.
+
+In:   the objects that the API returns.
+Out:  rich tables: stage types, one trace as a waterfall, failing metrics, recommendations.
+Pure, but for the console it draws on. What events hold is escaped: a query with brackets is no markup.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_BAR_WIDTH = 36
+#: Distinct failing metrics listed at most.
+_MAX_FAILING = 12
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def draw_stage_types(console: Console, summary: Mapping[str, Any]) -> None:
+    """Draw a line per stage type: how many, how long, how many failed."""
+    table = Table(title=f"Stages of {escape(summary['run_id'])}", title_justify="left")
+    table.add_column("stage type")
+    for name in ("count", "mean ms", "p50 ms", "p95 ms", "errors"):
+        table.add_column(name, justify="right")
+    for kind, totals in summary["stage_types"].items():
+        errors = totals["errors"]
+        table.add_row(
+            escape(kind),
+            f"{totals['count']:,}",
+            _ms(totals["mean_ms"]),
+            _ms(totals["p50_ms"]),
+            _ms(totals["p95_ms"]),
+            f"[red]{errors:,}[/]" if errors else "0",
+        )
+    console.print(table)
+    missing = summary["missing_required_stage_types"]
+    if missing:
+        console.print(f"[yellow]Missing required stages:[/] {', '.join(missing)}")
+
+
+def slowest_trace(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return the id of the trace with the longest stage that all its others hang below or beside."""
+    longest: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event["trace_id"]:
+            longest[event["trace_id"]] = max(longest[event["trace_id"]], event["duration_ms"] or 0.0)
+    return max(longest, key=lambda trace: longest[trace]) if longest else None
+
+
+def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], trace_id: str) -> None:
+    """Draw the stages of one trace as a tree, each with a bar where it lies in time."""
+    spans = [(_start(event), event) for event in events]
+    starts = [start for start, _ in spans if start is not None]
+    first = min(starts, default=0.0)
+    ends = [start + (event["duration_ms"] or 0.0) for start, event in spans if start is not None]
+    whole = max(max(ends, default=0.0) - first, 0.001)
+
+    table = Table(title=f"Trace {escape(trace_id)}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("ms", justify="right")
+    table.add_column(f"0 to {whole:,.2f} ms", no_wrap=True)
+    table.add_column("outcome")
+    for depth, event in _tree(events):
+        start = _start(event)
+        bar = "" if start is None else _bar((start - first) / whole, (event["duration_ms"] or 0.0) / whole)
+        name = f" ({event['stage_name']})" if event["stage_name"] else ""
+        outcome = event["status"]
+        if outcome != "success":
+            error = event["attributes"].get("error")
+            kind = error.get("type", "") if isinstance(error, Mapping) else ""
+            outcome = f"[red]{escape(outcome)}[/] {escape(str(kind))}"
+        table.add_row(escape("  " * depth + event["stage_type"] + name), _ms(event["duration_ms"]), bar, outcome)
+    console.print(table)
+
+
+def _start(event: Mapping[str, Any]) -> float | None:
+    """Return when a stage began, in Unix milliseconds."""
+    return datetime.fromisoformat(event["started_at"]).timestamp() * 1000 if event["started_at"] else None
+
+
+def _bar(offset: float, length: float) -> str:
+    before = min(round(offset * _BAR_WIDTH), _BAR_WIDTH - 1)
+    width = max(1, min(round(length * _BAR_WIDTH), _BAR_WIDTH - before))
+    return " " * before + ("█" * width if length else "│")
+
+
+def _tree(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """Yield the stages with their depth, parents first, siblings by their start."""
+    known = {event["stage_id"] for event in events}
+    below: dict[str | None, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        parent = event["parent_stage_id"]
+        below[parent if parent in known and parent != event["stage_id"] else None].append(event)
+    seen: set[str] = set()
+    waiting = [(0, event) for event in _by_start(below[None])]
+    while waiting:
+        depth, event = waiting.pop(0)
+        if event["stage_id"] in seen:
+            continue
+        seen.add(event["stage_id"])
+        yield depth, event
+        waiting[:0] = [(depth + 1, child) for child in _by_start(below[event["stage_id"]])]
+
+
+def _by_start(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(events, key=lambda event: _start(event) or float("-inf"))
+
+
+def draw_failing(console: Console, report: Mapping[str, Any]) -> None:
+    """Draw a line per metric that fails somewhere: in how many stages, and how badly."""
+    judged: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for metric in report["stage_metrics"]:
+        if metric["passed"] is not None:
+            judged[metric["metric_name"]].append(metric)
+    failing = {name: [m for m in metrics if not m["passed"]] for name, metrics in judged.items()}
+    failing = {name: metrics for name, metrics in failing.items() if metrics}
+    if not failing:
+        console.print("[green]Every metric holds its threshold.[/]")
+        return
+    table = Table(title="Failing metrics", title_justify="left")
+    table.add_column("metric")
+    for name in ("failing", "of", "threshold", "worst"):
+        table.add_column(name, justify="right")
+    ranked = sorted(failing.items(), key=lambda item: -len(item[1]) / len(judged[item[0]]))
+    for name, metrics in ranked[:_MAX_FAILING]:
+        threshold = metrics[0]["threshold"]
+        worst = max((m["score"] for m in metrics), key=lambda score: abs(score - threshold))
+        table.add_row(
+            escape(name), str(len(metrics)), str(len(judged[name])), f"{threshold:g}", f"{worst:,.4g}"
+        )
+    console.print(table)
+
+
+def draw_recommendations(console: Console, report: Mapping[str, Any]) -> None:
+    """Draw what to do, the most urgent first."""
+    if report["recommendations"]:
+        console.print("[bold]Recommendations[/]")
+        for text in report["recommendations"]:
+            console.print(f"  • {escape(text)}")

@@ -1,0 +1,136 @@
+"""
+Send a file of events to a server, or into a database.
+
+In:   a JSONL file, as EvalVault's tools and our own spool write it: one event a line.
+Out:  a `Tally` of what was stored, and of each refused line its number and the reason.
+
+Lines are checked here first, so that a bad one is named and costs no neighbour. The file is read as it is
+sent: its size does not matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+import orjson
+
+from evalvault_sdk.capture.encode import encode
+from evalvault_sdk.config import Settings
+from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.queue import Wakeup
+from evalvault_sdk.delivery.retry import Retry
+from evalvault_sdk.delivery.transport.base import Delivered, Refused, RejectedEvent, RetryLater, TooLarge
+from evalvault_sdk.delivery.transport.http import HttpTransport
+from evalvault_sdk.errors import EvalVaultError, InvalidStageEventError
+from evalvault_sdk.events import StageEvent
+
+_BATCH_EVENTS = 1000
+#: How long a server that does not answer is asked again.
+_GIVE_UP_AFTER_S = 60.0
+
+
+@attrs.define
+class Tally:
+    """What became of a file."""
+
+    stored: int = 0
+    #: Line number, from 1, and reason.
+    refused: list[tuple[int, str]] = attrs.field(factory=list)
+
+
+class Target(Protocol):
+    """Where events go."""
+
+    def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
+        """Store `events`; return those that are refused. Raises `EvalVaultError` when it cannot."""
+
+
+class ServerTarget:
+    """A running server, over the client's own transport and retry."""
+
+    def __init__(self, url: str | None, token: str | None) -> None:
+        settings = Settings.resolve(run_id="ingest", api_url=url, token=token)
+        self._transport = HttpTransport(settings)
+        self._deadline = float("inf")
+        self._retry = Retry(
+            initial_s=settings.retry_initial_s,
+            max_s=5.0,
+            hurry=Wakeup(),
+            should_stop=lambda: time.monotonic() >= self._deadline,
+            on_failure=self._failed,
+        )
+
+    def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
+        """Post `events` in one request, or in halves where that is too large."""
+        batch = Batch(tuple(encode(event.to_dict()) for event in events))
+        self._deadline = time.monotonic() + _GIVE_UP_AFTER_S
+        outcome = self._retry.run(lambda: self._transport.send(batch))
+        if isinstance(outcome, Delivered):
+            return outcome.rejected
+        if isinstance(outcome, RetryLater):
+            raise EvalVaultError(
+                f"{self._transport.destination} cannot be reached: {outcome.reason}; {outcome.advice or 'try later'}"
+            )
+        if len(events) == 1:
+            reason = outcome.reason if isinstance(outcome, Refused) else "too large for the server"
+            return (RejectedEvent(0, reason),)
+        assert isinstance(outcome, (Refused, TooLarge))  # noqa: S101 - the two that are left
+        middle = len(events) // 2
+        second = tuple(attrs.evolve(r, index=r.index + middle) for r in self.store(events[middle:]))
+        return self.store(events[:middle]) + second
+
+    def _failed(self, outcome: RetryLater) -> None:
+        if outcome.advice is not None:
+            self._deadline = 0.0  # it wants a person: waiting does not help
+
+
+class FileTarget:
+    """A database file."""
+
+    def __init__(self, path: str) -> None:
+        from evalvault_sdk.server.store import open_store
+
+        self._store = open_store(path)
+
+    def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
+        """Store `events` in one transaction."""
+        self._store.save(events)
+        return ()
+
+
+def ingest_file(path: Path, target: Target, on_progress: Callable[[int], None]) -> Tally:
+    """Send all events of the file; `on_progress` is told how many bytes were read."""
+    tally = Tally()
+    waiting: list[tuple[int, StageEvent]] = []
+
+    def send() -> None:
+        rejected = target.store([event for _, event in waiting])
+        tally.stored += len(waiting) - len(rejected)
+        tally.refused += [(waiting[entry.index][0], entry.reason) for entry in rejected]
+        waiting.clear()
+
+    for number, line in _lines(path, on_progress):
+        try:
+            waiting.append((number, StageEvent.from_dict(orjson.loads(line))))
+        except orjson.JSONDecodeError:
+            tally.refused.append((number, "is no JSON object"))
+        except InvalidStageEventError as error:
+            tally.refused.append((number, str(error)))
+        if len(waiting) >= _BATCH_EVENTS:
+            send()
+    if waiting:
+        send()
+    tally.refused.sort()
+    return tally
+
+
+def _lines(path: Path, on_progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            on_progress(len(line))
+            if line.strip():
+                yield number, line

@@ -1,0 +1,97 @@
+"""
+Where the command reads a run from: a server, or a database file.
+
+In:   a run's id.
+Out:  the objects of the contract, the same from either source (`Source`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from evalvault_sdk.errors import EvalVaultError
+
+
+class Source(Protocol):
+    """What `show` and `demo` ask."""
+
+    #: Where that is, for people.
+    address: str
+
+    def summary(self, run_id: str) -> dict[str, Any]:
+        """Return the summary with `stage_types`."""
+
+    def debug(self, run_id: str) -> dict[str, Any]:
+        """Return the debug report."""
+
+    def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
+        """Return the first 10,000 events of the run, or of one of its traces."""
+
+
+_MAX_EVENTS = 10_000
+
+
+class ServerSource:
+    """A running server."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.address = url.rstrip("/")
+        self._token = token
+
+    def summary(self, run_id: str) -> dict[str, Any]:
+        return self._get("summary", run_id, detail="true")
+
+    def debug(self, run_id: str) -> dict[str, Any]:
+        return self._get("debug", run_id)
+
+    def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
+        query = {"limit": str(_MAX_EVENTS)} | ({"trace_id": trace_id} if trace_id else {})
+        events: list[dict[str, Any]] = self._get("events", run_id, **query)["events"]
+        return events
+
+    def _get(self, what: str, run_id: str, **query: str) -> dict[str, Any]:
+        from urllib.parse import quote
+
+        import requests
+
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        url = f"{self.address}/api/stage/{what}/{quote(run_id, safe='')}"
+        try:
+            response = requests.get(url, params=query, headers=headers, timeout=30)
+            answer = response.json()
+        except requests.JSONDecodeError:
+            raise EvalVaultError(f"{self.address} answers, but is not an EvalVault server: check --url") from None
+        except requests.RequestException as error:
+            raise EvalVaultError(
+                f"no server at {self.address} ({type(error).__name__}): start one with `evalvault-sdk serve`, "
+                "or give --url or --db"
+            ) from None
+        if not response.ok:
+            raise EvalVaultError(f"{answer.get('error', response.status_code)}: {answer.get('details', '')}")
+        result: dict[str, Any] = answer
+        return result
+
+
+class FileSource:
+    """A database file, of ours or of EvalVault's."""
+
+    def __init__(self, path: str) -> None:
+        from evalvault_sdk.server.reader import RunReader
+        from evalvault_sdk.server.store import open_store
+
+        if not Path(path).is_file():
+            raise EvalVaultError(f"there is no database file {path}")
+        self.address = path
+        self._reader = RunReader(open_store(path))
+
+    def summary(self, run_id: str) -> dict[str, Any]:
+        return self._reader.summary(run_id, detail=True)
+
+    def debug(self, run_id: str) -> dict[str, Any]:
+        return self._reader.debug(run_id, limit=_MAX_EVENTS)
+
+    def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
+        found = self._reader.events(run_id, stage_type=None, trace_id=trace_id, limit=_MAX_EVENTS)
+        events: list[dict[str, Any]] = found["events"]
+        return events

@@ -1,0 +1,273 @@
+"""
+Every option of the client, with its variable, unit and default.
+
+In:   keyword arguments of `StageTracer`, and `EVALVAULT_*` environment variables.
+Out:  one frozen `Settings`, or a `ConfigurationError` that says which value is wrong, where it came from,
+      and what it may be.
+
+An argument wins over its variable, a variable over the default. Wrong settings raise at construction, the
+only time at which this package raises: a typo must not be found out by looking for missing traces.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import attrs
+
+from evalvault_sdk.errors import ConfigurationError
+
+_MEBIBYTE = 1 << 20
+
+
+def _one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if value not in allowed:
+            raise ConfigurationError(f"{attribute.name} must be one of {', '.join(allowed)}")
+
+    return check
+
+
+def _number(minimum: float, *, integer: bool = False) -> Callable[[Any, Any, Any], None]:
+    kinds = int if integer else (int, float)
+
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < float("inf"):
+            kind = "a whole number" if integer else "a number"
+            raise ConfigurationError(f"{attribute.name} must be {kind} of at least {minimum:g}, not {value!r}")
+
+    return check
+
+
+def _check_run_id(_instance: Any, _attribute: Any, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigurationError(
+            "run_id is required: it names what is analysed together, for example 'rag-prod-2026-01-07'. "
+            "Pass StageTracer(run_id=...) or set EVALVAULT_RUN_ID"
+        )
+
+
+def _check_url(_instance: Any, attribute: Any, value: Any) -> None:
+    try:
+        parts = urlsplit(value)
+        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, TypeError, AttributeError):
+        ok = False
+    if not ok:
+        raise ConfigurationError(
+            f"{attribute.name} must be an http:// or https:// address such as http://localhost:8000"
+        )
+    if parts.username or parts.password:
+        raise ConfigurationError(
+            f"{attribute.name} must not hold a user name or password, which end up in logs: use token="
+        )
+
+
+def _check_token(_instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, str) or not value.isascii() or not value.isprintable()):
+        raise ConfigurationError(f"{attribute.name} must be one line of ASCII text: it travels in an HTTP header")
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
+def _token(value: Any) -> Any:
+    return _stripped(value) or None
+
+
+def _url(value: Any) -> Any:
+    return value.strip().rstrip("/") if isinstance(value, str) else value
+
+
+def _flag(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("must be 1 or 0, true or false, yes or no, on or off")
+
+
+def _negated_flag(text: str) -> bool:
+    return not _flag(text)
+
+
+def _setting(env: str | None, help: str, *, read: Callable[[str], Any] = str, **options: Any) -> Any:
+    """Declare an option; `read` turns its variable's text into its value."""
+    return attrs.field(metadata={"env": env, "help": help, "read": read}, **options)
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """Every option of the client. `Settings.resolve(...)` reads the environment too; this class does not."""
+
+    run_id: str = _setting(
+        "EVALVAULT_RUN_ID",
+        "What is analysed together: a deployment, an experiment, a day.",
+        converter=_stripped,
+        validator=_check_run_id,
+    )
+    api_url: str = _setting(
+        "EVALVAULT_API_URL",
+        "Where the server is; `/api/stage/events` is added to it.",
+        default="http://localhost:8000",
+        converter=_url,
+        validator=_check_url,
+    )
+    token: str | None = _setting(
+        "EVALVAULT_API_TOKEN",
+        "Bearer token. Never shown in a repr or a log line.",
+        default=None,
+        converter=_token,
+        validator=_check_token,
+        repr=lambda value: "None" if value is None else "'***'",
+    )
+    enabled: bool = _setting(
+        "EVALVAULT_SDK_DISABLED",
+        "`False` (the variable: `1`) makes everything a no-op: no thread, no network, no events.",
+        default=True,
+        read=_negated_flag,
+        validator=attrs.validators.instance_of(bool),
+    )
+    verify: bool | str = _setting(
+        "EVALVAULT_CA_BUNDLE",
+        "As in `requests`: a file or folder of certificate authorities to trust.",
+        default=True,
+        validator=attrs.validators.instance_of((bool, str)),
+    )
+    cert: str | tuple[str, str] | None = _setting(
+        "EVALVAULT_CLIENT_CERT",
+        "As in `requests`: a client certificate, one file or `(certificate, key)`.",
+        default=None,
+    )
+    proxies: Mapping[str, str] | None = _setting(
+        None,
+        "As in `requests`; without it `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` are used.",
+        default=None,
+        repr=lambda value: "None" if value is None else "'***'",  # proxy addresses hold passwords
+    )
+    headers: Mapping[str, str] = _setting(
+        None,
+        "Headers to add to every request, for gateways that want their own.",
+        factory=dict,
+        repr=lambda value: str(sorted(value)),  # names only
+    )
+    compression: Literal["gzip", "none"] = _setting(
+        "EVALVAULT_COMPRESSION",
+        "How request bodies are packed: `gzip` or `none`.",
+        default="gzip",
+        validator=_one_of("gzip", "none"),
+    )
+    flush_interval_s: float = _setting(
+        "EVALVAULT_FLUSH_INTERVAL_S",
+        "Seconds an event waits at most before it is sent.",
+        default=1.0,
+        read=float,
+        validator=_number(0.01),
+    )
+    batch_events: int = _setting(
+        "EVALVAULT_BATCH_EVENTS",
+        "So many waiting events are sent at once, without waiting longer.",
+        default=512,
+        read=int,
+        validator=_number(1, integer=True),
+    )
+    max_batch_events: int = _setting(
+        "EVALVAULT_MAX_BATCH_EVENTS",
+        "Events in one request at most, when there is a backlog.",
+        default=8192,
+        read=int,
+        validator=_number(1, integer=True),
+    )
+    max_batch_bytes: int = _setting(
+        "EVALVAULT_MAX_BATCH_BYTES",
+        "Bytes of JSON in one request at most, before compression.",
+        default=4 * _MEBIBYTE,
+        read=int,
+        validator=_number(1024, integer=True),
+    )
+    max_queue_events: int = _setting(
+        "EVALVAULT_MAX_QUEUE_EVENTS",
+        "Events that wait in memory at most; more are dropped and counted.",
+        default=100_000,
+        read=int,
+        validator=_number(1, integer=True),
+    )
+    max_queue_bytes: int = _setting(
+        "EVALVAULT_MAX_QUEUE_BYTES",
+        "Bytes of JSON that wait in memory at most.",
+        default=64 * _MEBIBYTE,
+        read=int,
+        validator=_number(1024, integer=True),
+    )
+    connect_timeout_s: float = _setting(
+        "EVALVAULT_CONNECT_TIMEOUT_S",
+        "Seconds to wait for a connection.",
+        default=3.0,
+        read=float,
+        validator=_number(0.01),
+    )
+    read_timeout_s: float = _setting(
+        "EVALVAULT_READ_TIMEOUT_S",
+        "Seconds to wait for an answer.",
+        default=10.0,
+        read=float,
+        validator=_number(0.01),
+    )
+    retry_initial_s: float = _setting(
+        "EVALVAULT_RETRY_INITIAL_S",
+        "Ceiling in seconds of the first wait after a failure; doubled each time, drawn at random below it.",
+        default=0.5,
+        read=float,
+        validator=_number(0.001),
+    )
+    retry_max_s: float = _setting(
+        "EVALVAULT_RETRY_MAX_S",
+        "Ceiling in seconds of every later wait. A server's `Retry-After` may ask for more, up to 10 minutes.",
+        default=30.0,
+        read=float,
+        validator=_number(0.001),
+    )
+    shutdown_timeout_s: float = _setting(
+        "EVALVAULT_SHUTDOWN_TIMEOUT_S",
+        "Seconds that `shutdown()` and the end of the process may take.",
+        default=2.0,
+        read=float,
+        validator=_number(0),
+    )
+
+    @classmethod
+    def resolve(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
+        """
+        Return the settings in force: `given`, then `environ` (`os.environ` by default), then defaults.
+
+        An argument that is None counts as not given. Raises `ConfigurationError`.
+        """
+        environ = os.environ if environ is None else environ
+        fields = {field.name: field for field in attrs.fields(cls)}
+        for name in given:
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(fields)}"
+                raise ConfigurationError(f"there is no setting {name!r}{hint}")
+        values = {name: value for name, value in given.items() if value is not None}
+        for name, field in fields.items():
+            variable = field.metadata["env"]
+            # A disabling variable is a switch for operators: it wins over what the code says.
+            if variable is None or not environ.get(variable) or (name in values and name != "enabled"):
+                continue
+            try:
+                value = field.metadata["read"](environ[variable])
+            except ValueError as error:
+                raise ConfigurationError(f"the variable {variable}: {error}") from None
+            values[name] = value if name != "enabled" else value and values.get("enabled", True)
+        values.setdefault("run_id", None)  # so that its validator says what to do, rather than a TypeError
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigurationError(str(error)) from None

@@ -1,0 +1,235 @@
+"""
+Post batches to `/api/stage/events`.
+
+In:   a `Batch`, in the worker's thread.
+Out:  its outcome, read from the status and from the server's verdict on each event.
+
+One keep-alive session. `requests` is imported when the first batch is sent: it costs a tenth of a second
+that a program's start should not pay. Redirects are not followed: a POST that turns into a GET, or a login
+page with status 200, would look like a delivery.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import gzip
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.transport.base import (
+    Delivered,
+    Outcome,
+    Refused,
+    RejectedEvent,
+    RetryLater,
+    TooLarge,
+)
+
+if TYPE_CHECKING:
+    import requests
+
+    from evalvault_sdk.config import Settings
+
+EVENTS_PATH = "/api/stage/events"
+#: A shorter body costs more to pack than it saves.
+_MIN_GZIP_BYTES = 1024
+#: Level 1 packs JSON to a fifth at a third of the default level's cost.
+_GZIP_LEVEL = 1
+#: What is read of an answer at most: verdicts on some thousands of events fit well.
+_MAX_ANSWER_BYTES = 8 << 20
+#: What a server may ask us to wait at most, in seconds.
+_MAX_RETRY_AFTER_S = 600.0
+#: RFC 9110, 15.5 and RFC 8470: not now, perhaps later. With them every 5xx.
+_RETRYABLE = frozenset({408, 425, 429})
+_ADVICE = {
+    401: "the server wants a token: set EVALVAULT_API_TOKEN",
+    403: "the token may not write to this run: check EVALVAULT_API_TOKEN and its scope",
+    404: "there is no EvalVault server at this address: check EVALVAULT_API_URL",
+    405: "there is no EvalVault server at this address: check EVALVAULT_API_URL",
+    407: "the proxy wants a password: check HTTPS_PROXY",
+}
+
+
+class HttpTransport:
+    """A session with one server."""
+
+    def __init__(self, settings: Settings) -> None:
+        url = settings.api_url
+        self.destination = url if url.endswith(EVENTS_PATH) else url + EVENTS_PATH
+        self._settings = settings
+        self._session: requests.Session | None = None
+
+    def send(self, batch: Batch) -> Outcome:
+        """Post the batch once."""
+        import requests
+
+        body = batch.body()
+        headers = {"Content-Type": "application/json"}
+        if self._settings.compression == "gzip" and len(body) >= _MIN_GZIP_BYTES:
+            body = gzip.compress(body, _GZIP_LEVEL)
+            headers["Content-Encoding"] = "gzip"
+        try:
+            if self._session is None:
+                self._session = self._open_session()
+            with self._session.post(
+                self.destination,
+                data=body,
+                headers=headers,
+                timeout=(self._settings.connect_timeout_s, self._settings.read_timeout_s),
+                # Per request: what a session holds of these gives way to the environment in requests.
+                verify=self._settings.verify,
+                cert=self._settings.cert,
+                proxies=None if self._settings.proxies is None else dict(self._settings.proxies),
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                answer = _read(response)
+                return outcome_of(response.status_code, response.headers, answer, len(batch))
+        except (requests.RequestException, OSError) as error:
+            # OSError: a CA bundle that is not there, a socket that broke while the answer was read.
+            self.close()
+            return RetryLater(_describe(error), advice=_advice_for(error))
+
+    def close(self) -> None:
+        """Close the connection; the next `send` opens one."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _open_session(self) -> requests.Session:
+        import requests
+
+        from evalvault_sdk import __version__
+
+        settings = self._settings
+        session = requests.Session()
+        session.headers.update({"User-Agent": f"evalvault-sdk/{__version__}", "Accept": "application/json"})
+        session.headers.update(settings.headers)
+        if settings.token is not None:
+            # As `auth`, not as a header: requests lets a matching ~/.netrc entry overwrite the header.
+            session.auth = _bearer(settings.token)
+        return session
+
+
+def _bearer(token: str) -> Any:
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return authorize
+
+
+def _read(response: requests.Response) -> bytes:
+    """Return the answer's body, cut at what we are ready to hold."""
+    chunks, size = [], 0
+    for chunk in response.iter_content(64 << 10):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > _MAX_ANSWER_BYTES:
+            break
+    return b"".join(chunks)
+
+
+def outcome_of(status: int, headers: Mapping[str, str], answer: bytes, sent: int) -> Outcome:
+    """Return what the server's answer to a batch of `sent` events means (contract: "HTTP, as the plan has it")."""
+    if 200 <= status < 300:
+        verdict = _verdict(answer, sent)
+        if verdict is None:
+            return RetryLater(
+                f"HTTP {status} from something that is not EvalVault",
+                advice="check EVALVAULT_API_URL, and whether a proxy or a login page answers instead",
+            )
+        return verdict
+    if status == 413:
+        limit = _object(answer).get("limit_bytes")
+        return TooLarge(limit if isinstance(limit, int) and limit > 0 else None)
+    if status in _RETRYABLE or status >= 500:
+        return RetryLater(f"HTTP {status}", wait_s=retry_after_s(headers.get("Retry-After"), time.time()))
+    if 300 <= status < 400:
+        return RetryLater(
+            f"HTTP {status}, a redirect",
+            advice="check EVALVAULT_API_URL (https instead of http? another path?): redirects are not followed",
+        )
+    if status in _ADVICE:
+        return RetryLater(f"HTTP {status}", advice=_ADVICE[status])
+    if status == 422:
+        verdict = _verdict(answer, sent)
+        if verdict is not None:
+            return verdict
+    problem = _object(answer)
+    if "error" not in problem:
+        return RetryLater(
+            f"HTTP {status} from something that is not EvalVault",
+            advice="check EVALVAULT_API_URL, and whether a proxy answers instead",
+        )
+    return Refused(f"{problem['error']}: {problem.get('details', 'no details given')}")
+
+
+def _verdict(answer: bytes, sent: int) -> Delivered | None:
+    """Read the server's verdict on each event; None if this is no answer of EvalVault to `sent` events."""
+    verdict = _object(answer)
+    stored, rejected = verdict.get("stored", 0), verdict.get("rejected") or []
+    if not isinstance(stored, int) or not isinstance(rejected, list) or not ("stored" in verdict or rejected):
+        return None
+    by_index: dict[int, RejectedEvent] = {}
+    for entry in rejected:
+        index = entry.get("index") if isinstance(entry, dict) else None
+        if not isinstance(index, int) or not 0 <= index < sent:
+            return None
+        by_index[index] = RejectedEvent(index, str(entry.get("details") or entry.get("error") or "refused"))
+    if stored + len(by_index) != sent:
+        return None
+    return Delivered(tuple(by_index[index] for index in sorted(by_index)))
+
+
+def _object(answer: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def retry_after_s(value: str | None, now: float) -> float | None:
+    """
+    Return the seconds that a `Retry-After` header asks for, in either of its forms (RFC 9110, 10.2.3).
+
+    `now` is Unix time. None where the header is missing or unreadable; at most ten minutes.
+    """
+    if not value:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        seconds = float(value)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
+
+
+def _describe(error: BaseException) -> str:
+    """Return the kind of a network error and its cause; never its text, which holds the whole URL."""
+    names = [type(error).__name__]
+    cause = error.__cause__ or error.__context__
+    while cause is not None and len(names) < 3:
+        names.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    return " from ".join(dict.fromkeys(names))
+
+
+def _advice_for(error: BaseException) -> str | None:
+    import requests
+
+    if isinstance(error, requests.exceptions.SSLError):
+        return "the server's certificate is not trusted: set EVALVAULT_CA_BUNDLE to your CA's file"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy could not be used: check HTTPS_PROXY and NO_PROXY"
+    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        return "check EVALVAULT_CA_BUNDLE and EVALVAULT_CLIENT_CERT: a file may be missing"
+    return None

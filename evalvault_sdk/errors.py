@@ -1,0 +1,59 @@
+"""
+Every error this package raises, as one tree::
+
+    EvalVaultError
+    ├── ConfigurationError        (ValueError)   a setting is wrong: which, and what it may be
+    ├── InvalidStageEventError    (ValueError)   an event breaks EvalVault's rules: which field, and how
+    ├── MissingDependencyError    (ImportError)  an extra is not installed: how to install it
+    └── StoreError                               the server's database refused or failed
+        └── StoreRefusedError                    ... and would refuse the same events again
+
+The first three meet you at construction. Recording (`stage`, `record_stage`, `record_batch`, `flush`,
+`shutdown`) raises none of them: there, faults are counted in `stats()` and logged.
+"""
+
+from __future__ import annotations
+
+
+class EvalVaultError(Exception):
+    """The base of all errors of this package."""
+
+
+class ConfigurationError(EvalVaultError, ValueError):
+    """A setting has a value that cannot work; the message names the setting and the values it may have."""
+
+
+class InvalidStageEventError(EvalVaultError, ValueError):
+    """
+    An event breaks one of EvalVault's rules.
+
+    `field` is the JSON field at fault (`"duration_ms"`, `"input_ref.store"`), and `str(error)` a sentence
+    that names it. Values are never part of the message: they may be personal data.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}")
+        self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[InvalidStageEventError], tuple[str, str]]:
+        # Exceptions are pickled by their args, and ours take two: without this, crossing a process pool fails.
+        return type(self), (self.field, self.problem)
+
+
+class MissingDependencyError(EvalVaultError, ImportError):
+    """A feature needs an extra of this package; the message has the `pip install` line."""
+
+    @classmethod
+    def for_extra(cls, feature: str, extra: str, cause: ImportError) -> MissingDependencyError:
+        """Say which extra `feature` needs, after `cause` was raised by importing one of its packages."""
+        missing = cause.name or str(cause)
+        return cls(f"{feature} needs the package {missing!r}: pip install 'evalvault-sdk[{extra}]'")
+
+
+class StoreError(EvalVaultError):
+    """The server's database failed; the same request may succeed later."""
+
+
+class StoreRefusedError(StoreError):
+    """The server's database refused these events, and would refuse them again."""

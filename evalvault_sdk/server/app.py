@@ -1,0 +1,72 @@
+"""
+The server as a program of its own: a FastAPI app over one store.
+
+In:   where the database is, and who may talk to it.
+Out:  an ASGI app, for uvicorn or any other server; `evalvault-sdk serve` runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Collection, Mapping
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from evalvault_sdk import __version__
+from evalvault_sdk.server.ingest import ApiError, IngestLimits
+from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS
+from evalvault_sdk.server.reader import RunReader
+from evalvault_sdk.server.routes import create_router, error_response, json_response
+from evalvault_sdk.server.store import open_store
+from evalvault_sdk.server.store.base import Store
+
+
+def create_app(
+    db: str = "evalvault.db",
+    *,
+    store: Store | None = None,
+    token: str | None = None,
+    limits: IngestLimits | None = None,
+    thresholds: Mapping[str, float] = DEFAULT_THRESHOLDS,
+    relevance: Mapping[str, Collection[str]] | None = None,
+) -> FastAPI:
+    """
+    Return an app that receives, keeps and analyses stage events.
+
+    `db` is the path of an SQLite file, made if it is not there; an existing EvalVault database is used as it
+    is. A `store` given instead stays its maker's to close. With `token` every request must bear it.
+    Raises `StoreError` when the database cannot be opened.
+    """
+    kept = store or open_store(db)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            if store is None:
+                kept.close()
+
+    app = FastAPI(
+        title="EvalVault stage events",
+        version=__version__,
+        description="Receives the stages of RAG programs as they run, and says what was slow, failed or missing.",
+        lifespan=lifespan,
+    )
+    reader = RunReader(kept, thresholds=thresholds, relevance=relevance)
+    app.include_router(create_router(kept, token=token, limits=limits, reader=reader))
+
+    @app.get("/health", tags=["operation"])
+    async def health() -> Response:
+        """Say that the server runs."""
+        return json_response({"status": "ok", "version": __version__})
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        details = f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is"
+        return error_response(
+            ApiError(error.status_code, str(error.detail), details, headers=dict(error.headers or {}))
+        )
+
+    return app

@@ -1,0 +1,195 @@
+"""
+Say what is wrong with a run, and what to do about it.
+
+In:   the run's totals, its summary, and its metrics.
+Out:  the debug report object of the contract; the same as Markdown.
+Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from evalvault_sdk.server.metrics import StageMetric
+
+#: Which component of a RAG program a metric speaks of, by the metric's prefix.
+_COMPONENTS = {
+    "retrieval": "retriever",
+    "rerank": "reranker",
+    "output": "generator",
+    "system_prompt": "prompt",
+}
+_OTHER_COMPONENT = "query_processor"
+
+#: From this relative distance to the threshold on, a failing metric is critical, or of high priority.
+_CRITICAL, _HIGH = 0.3, 0.15
+
+#: What to look at when a metric fails: a title, and a first step.
+_ADVICE: Mapping[str, tuple[str, str]] = {
+    "retrieval.recall_at_k": (
+        "Relevant documents are not found",
+        "rewrite or expand queries, raise top_k, or combine keyword and vector search",
+    ),
+    "retrieval.precision_at_k": (
+        "Too many of the documents found are irrelevant",
+        "rerank or filter the results, remove duplicates, lower top_k",
+    ),
+    "retrieval.result_count": (
+        "Some queries find no document",
+        "look at those queries, check filters and the index, add a fallback search",
+    ),
+    "retrieval.avg_score": (
+        "Documents match their queries weakly",
+        "check that index and queries use the same embedding or analyser, and how documents are cut",
+    ),
+    "retrieval.score_gap": (
+        "The retriever hardly tells good documents from bad ones",
+        "check that scores are comparable, and try a hybrid or stronger retriever",
+    ),
+    "rerank.keep_rate": (
+        "The reranker drops nearly everything",
+        "lower its score limit, or give it better candidates",
+    ),
+    "rerank.avg_score": (
+        "Reranked documents still score low",
+        "check the candidates it is given, and whether the model suits the language",
+    ),
+    "rerank.score_gap": (
+        "The reranker hardly tells good documents from bad ones",
+        "tune it on your own pairs, or try another model",
+    ),
+    "output.citation_count": (
+        "Answers cite too little",
+        "ask for citations in the prompt, and record them as attributes.citations",
+    ),
+}
+_SLOW = ("Stages of this type are too slow", "look at the slowest ones; cache, batch, or shrink their input")
+_FALLBACK = ("A metric misses its threshold", "look at the stages where it fails, and whether the threshold suits them")
+
+
+class FailureTally:
+    """
+    Remembers, of all metrics that pass by, what a recommendation needs: bounded by names, not by events.
+
+    For each component the metric that is furthest from its threshold, and how many of how many stages
+    fail it.
+    """
+
+    def __init__(self) -> None:
+        self._judged: dict[str, int] = {}
+        self._failed: dict[str, int] = {}
+        self._worst: dict[str, StageMetric] = {}  # by component
+
+    def add(self, metric: StageMetric) -> None:
+        """Take one metric into account."""
+        passed = metric.passed
+        if passed is None:
+            return
+        name = metric.metric_name
+        self._judged[name] = self._judged.get(name, 0) + 1
+        if passed:
+            return
+        self._failed[name] = self._failed.get(name, 0) + 1
+        component = _COMPONENTS.get(name.partition(".")[0], _OTHER_COMPONENT)
+        worst = self._worst.get(component)
+        if worst is None or metric.shortfall > worst.shortfall:
+            self._worst[component] = metric
+
+    def recommendations(self) -> list[str]:
+        """Return one `"[{priority}] {component}: {title} - {hint}"` per failing component, the worst first."""
+        ranked = sorted(self._worst.items(), key=lambda item: -item[1].shortfall)
+        return [self._recommendation(component, metric) for component, metric in ranked]
+
+    def _recommendation(self, component: str, metric: StageMetric) -> str:
+        name = metric.metric_name
+        slow = name.endswith(".latency_ms")
+        title, hint = _ADVICE.get(name, _SLOW if slow else _FALLBACK)
+        relation = "above" if metric.lower_is_better else "below"
+        return (
+            f"[{_priority(metric.shortfall)}] {component}: {title} - {hint} "
+            f"({name} is {relation} {metric.threshold:g} in {self._failed[name]} of {self._judged[name]} stages, "
+            f"at worst {metric.score:.4g})"
+        )
+
+
+def _priority(shortfall: float) -> str:
+    if shortfall >= _CRITICAL:
+        return "p0_critical"
+    return "p1_high" if shortfall >= _HIGH else "p2_medium"
+
+
+def bottlenecks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the missing required stage types, then the three types that are slowest on average."""
+    missing = [
+        {"type": "missing_stage", "stage_type": kind, "detail": "required stage missing"}
+        for kind in summary["missing_required_stage_types"]
+    ]
+    slowest = sorted(summary["stage_type_avg_durations"].items(), key=lambda item: -item[1])[:3]
+    return missing + [
+        {"type": "latency", "stage_type": kind, "avg_duration_ms": round(mean_ms, 3)} for kind, mean_ms in slowest
+    ]
+
+
+def debug_report(
+    run_summary: Mapping[str, Any], summary: Mapping[str, Any], metrics: Iterable[StageMetric], *, max_metrics: int
+) -> dict[str, Any]:
+    """
+    Return the debug report of a run.
+
+    All `metrics` are judged; the first `max_metrics` are listed, and `run_summary.total_stage_metrics` says
+    how many there are. Trace links are null: a live run has no tracker's metadata to take them from.
+    """
+    tally, listed, total = FailureTally(), [], 0
+    for metric in metrics:
+        tally.add(metric)
+        total += 1
+        if total <= max_metrics:
+            listed.append(metric.to_dict())
+    return {
+        "run_summary": {**run_summary, "total_stage_metrics": total},
+        "stage_summary": summary,
+        "stage_metrics": listed,
+        "bottlenecks": bottlenecks(summary),
+        "recommendations": tally.recommendations(),
+        "phoenix_trace_url": None,
+        "langfuse_trace_url": None,
+    }
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """Return a debug report as Markdown, for a ticket or a chat."""
+    run, summary = report["run_summary"], report["stage_summary"]
+    lines = [f"# Debug report: {run['run_id']}", ""]
+    lines += ["| Run | |", "| --- | --- |"]
+    lines += [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in run.items() if name != "run_id"]
+    lines += ["", "## Stages", "", "| Stage type | Events | Mean ms |", "| --- | ---: | ---: |"]
+    for kind, count in summary["stage_type_counts"].items():
+        mean_ms = summary["stage_type_avg_durations"].get(kind)
+        lines.append(f"| {_cell(kind)} | {count} | {'-' if mean_ms is None else f'{mean_ms:.1f}'} |")
+    lines += ["", "## Bottlenecks", ""]
+    lines += [f"- {_bottleneck(entry)}" for entry in report["bottlenecks"]] or ["None."]
+    lines += ["", "## Recommendations", ""]
+    lines += [f"- {text}" for text in report["recommendations"]] or ["None: every metric holds its threshold."]
+    failing = [metric for metric in report["stage_metrics"] if metric["passed"] is False]
+    lines += ["", "## Failing metrics", ""]
+    if failing:
+        lines += ["| Metric | Score | Threshold | Stage |", "| --- | ---: | ---: | --- |"]
+        lines += [
+            f"| {_cell(m['metric_name'])} | {m['score']:.4g} | {m['threshold']:g} | {_cell(m['stage_id'])} |"
+            for m in failing
+        ]
+    else:
+        lines.append("None.")
+    return "\n".join(lines) + "\n"
+
+
+def _bottleneck(entry: Mapping[str, Any]) -> str:
+    if entry["type"] == "missing_stage":
+        return f"no `{entry['stage_type']}` stage was recorded"
+    return f"`{entry['stage_type']}` takes {entry['avg_duration_ms']:g} ms on average"
+
+
+def _cell(value: object) -> str:
+    """Return a value as the text of a table cell, in which a bar would end it."""
+    return "-" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
