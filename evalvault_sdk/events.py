@@ -201,9 +201,7 @@ class StageEvent:
     #: The event's identity within its run: sending it again stores it once. A new UUIDv7 by default.
     stage_id: str = attrs.field(default=None, converter=_stage_id)
     stage_name: str | None = attrs.field(default=None, converter=lambda v: _optional_text("stage_name", v))
-    parent_stage_id: str | None = attrs.field(
-        default=None, converter=lambda v: _optional_text("parent_stage_id", v)
-    )
+    parent_stage_id: str | None = attrs.field(default=None, converter=lambda v: _optional_text("parent_stage_id", v))
     #: "success", "error", or what the sender chose.
     status: str = attrs.field(default="success", converter=_status)
     #: 1 for the first try of a stage that is retried.
@@ -212,12 +210,8 @@ class StageEvent:
     finished_at: datetime | None = attrs.field(default=None, converter=lambda v: parse_time("finished_at", v))
     #: Milliseconds.
     duration_ms: float | None = attrs.field(default=None, converter=_duration_ms)
-    input_ref: StagePayloadRef | None = attrs.field(
-        default=None, converter=lambda v: _payload_ref("input_ref", v)
-    )
-    output_ref: StagePayloadRef | None = attrs.field(
-        default=None, converter=lambda v: _payload_ref("output_ref", v)
-    )
+    input_ref: StagePayloadRef | None = attrs.field(default=None, converter=lambda v: _payload_ref("input_ref", v))
+    output_ref: StagePayloadRef | None = attrs.field(default=None, converter=lambda v: _payload_ref("output_ref", v))
     #: What the stage did: the query, document ids, scores, token counts. Metrics are computed from these.
     attributes: dict[str, Any] = attrs.field(factory=dict, converter=lambda v: _object("attributes", v))
     #: What it ran under: model, dataset, session, test case.

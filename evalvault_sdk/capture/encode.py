@@ -39,7 +39,7 @@ _second: tuple[int, str] = (0, "")
 
 def iso_time(time_ns: int) -> str:
     """Return Unix time in nanoseconds as ISO 8601 in UTC with microseconds and offset."""
-    global _second  # noqa: PLW0603 - the last second's text: nearly every event falls into it
+    global _second
     second, fraction = divmod(time_ns, 1_000_000_000)
     known, prefix = _second
     if second != known:
@@ -59,7 +59,9 @@ def encode(event: dict[str, Any]) -> bytes:
 def describe_error(error: BaseException) -> dict[str, str]:
     """Return the type and the message of an exception, as they are recorded."""
     kind = type(error)
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    name = (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 - a user's __str__

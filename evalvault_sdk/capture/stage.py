@@ -178,14 +178,14 @@ class StageContext:
                 with self._again(name):
                     return await function(*args, **kwargs)
 
-            return cast(F, measured_coroutine)
+            return cast("F", measured_coroutine)
 
         @functools.wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
             with self._again(name):
                 return function(*args, **kwargs)
 
-        return cast(F, measured)
+        return cast("F", measured)
 
     def _again(self, name: str | None = None) -> StageContext:
         """Return a stage like this one was when it was made, not entered yet."""
@@ -254,9 +254,7 @@ def current_stage() -> StageContext:
     return open_stage.get() or StageContext(NOWHERE, "none")
 
 
-def parent_and_trace(
-    run_id: str, stage_id: str, parent_id: str | None, trace_id: str | None
-) -> tuple[str | None, str]:
+def parent_and_trace(run_id: str, stage_id: str, parent_id: str | None, trace_id: str | None) -> tuple[str | None, str]:
     """
     Return the parent and the trace of a new stage: what was given, else those of the open stage around it.
 

@@ -65,16 +65,14 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
     token: _Token = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without a token.")
-    ] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a token.")] = False,
 ) -> None:
     """Run the server: receive events, and answer questions about them."""
     with _clear_errors():
+        import uvicorn
+
         from evalvault_sdk.server import create_app
         from evalvault_sdk.server.security import check_exposure
-
-        import uvicorn
 
         check_exposure(host, token, insecure=insecure)
         console.print(f"Database {escape(db)}; API documentation at http://{host}:{port}/docs", highlight=False)

@@ -70,7 +70,9 @@ def run_demo(console: Console, db: Path) -> bool:
         console.print(f"\n[bold]The SDK's account:[/] {stats}; stored, says the server: {stored:,}")
         console.print(f"[bold]The database:[/] {escape(str(db.resolve()))}")
         console.print(f"Look further: [bold]evalvault-sdk show {run_id} --db {escape(str(db))}[/]")
-        console.print(f"         or: [bold]evalvault-sdk serve --db {escape(str(db))}[/], then http://localhost:8000/docs")
+        console.print(
+            f"         or: [bold]evalvault-sdk serve --db {escape(str(db))}[/], then http://localhost:8000/docs"
+        )
         return bool(stats.complete and stored == stats.recorded)
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
-_BAR_WIDTH = 36
+_BAR_WIDTH = 24
 #: Distinct failing metrics listed at most.
 _MAX_FAILING = 12
 
@@ -66,26 +67,32 @@ def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], trace_
     whole = max(max(ends, default=0.0) - first, 0.001)
 
     table = Table(title=f"Trace {escape(trace_id)}", title_justify="left")
-    table.add_column("stage")
-    table.add_column("ms", justify="right")
+    table.add_column("stage", no_wrap=True, overflow="ellipsis")
+    table.add_column("ms", justify="right", no_wrap=True)
     table.add_column(f"0 to {whole:,.2f} ms", no_wrap=True)
-    table.add_column("outcome")
+    table.add_column("outcome", min_width=8)
     for depth, event in _tree(events):
         start = _start(event)
         bar = "" if start is None else _bar((start - first) / whole, (event["duration_ms"] or 0.0) / whole)
-        name = f" ({event['stage_name']})" if event["stage_name"] else ""
+        name = f" {event['stage_name']}" if event["stage_name"] else ""
         outcome = event["status"]
         if outcome != "success":
             error = event["attributes"].get("error")
             kind = error.get("type", "") if isinstance(error, Mapping) else ""
             outcome = f"[red]{escape(outcome)}[/] {escape(str(kind))}"
-        table.add_row(escape("  " * depth + event["stage_type"] + name), _ms(event["duration_ms"]), bar, outcome)
+        table.add_row(
+            "  " * depth + escape(event["stage_type"]) + f"[dim]{escape(name)}[/]",
+            _ms(event["duration_ms"]),
+            bar,
+            outcome,
+        )
     console.print(table)
 
 
 def _start(event: Mapping[str, Any]) -> float | None:
-    """Return when a stage began, in Unix milliseconds."""
-    return datetime.fromisoformat(event["started_at"]).timestamp() * 1000 if event["started_at"] else None
+    """Return when a stage began, or at least when it was over, in Unix milliseconds."""
+    known = event["started_at"] or event["finished_at"]
+    return datetime.fromisoformat(known).timestamp() * 1000 if known else None
 
 
 def _bar(offset: float, length: float) -> str:
@@ -135,9 +142,7 @@ def draw_failing(console: Console, report: Mapping[str, Any]) -> None:
     for name, metrics in ranked[:_MAX_FAILING]:
         threshold = metrics[0]["threshold"]
         worst = max((m["score"] for m in metrics), key=lambda score: abs(score - threshold))
-        table.add_row(
-            escape(name), str(len(metrics)), str(len(judged[name])), f"{threshold:g}", f"{worst:,.4g}"
-        )
+        table.add_row(escape(name), str(len(metrics)), str(len(judged[name])), f"{threshold:g}", f"{worst:,.4g}")
     console.print(table)
 
 
@@ -146,4 +151,4 @@ def draw_recommendations(console: Console, report: Mapping[str, Any]) -> None:
     if report["recommendations"]:
         console.print("[bold]Recommendations[/]")
         for text in report["recommendations"]:
-            console.print(f"  • {escape(text)}")
+            console.print(Padding(f"• {escape(text)}", (0, 0, 0, 2)), highlight=False)

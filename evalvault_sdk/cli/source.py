@@ -40,12 +40,15 @@ class ServerSource:
         self._token = token
 
     def summary(self, run_id: str) -> dict[str, Any]:
+        """Return the summary with `stage_types`."""
         return self._get("summary", run_id, detail="true")
 
     def debug(self, run_id: str) -> dict[str, Any]:
+        """Return the debug report."""
         return self._get("debug", run_id)
 
     def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
+        """Return the first 10,000 events."""
         query = {"limit": str(_MAX_EVENTS)} | ({"trace_id": trace_id} if trace_id else {})
         events: list[dict[str, Any]] = self._get("events", run_id, **query)["events"]
         return events
@@ -86,12 +89,15 @@ class FileSource:
         self._reader = RunReader(open_store(path))
 
     def summary(self, run_id: str) -> dict[str, Any]:
+        """Return the summary with `stage_types`."""
         return self._reader.summary(run_id, detail=True)
 
     def debug(self, run_id: str) -> dict[str, Any]:
+        """Return the debug report."""
         return self._reader.debug(run_id, limit=_MAX_EVENTS)
 
     def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
+        """Return the first 10,000 events."""
         found = self._reader.events(run_id, stage_type=None, trace_id=trace_id, limit=_MAX_EVENTS)
         events: list[dict[str, Any]] = found["events"]
         return events

@@ -12,6 +12,7 @@ context switch.
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -36,10 +37,8 @@ class Wakeup:
         """Wake the sleeper, or let its next `wait` return at once."""
         if not self._set:
             self._set = True
-            try:
+            with contextlib.suppress(RuntimeError):  # two threads came at once, and the other has released it
                 self._lock.release()
-            except RuntimeError:  # two threads came at once, and the other one has released it
-                pass
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until `set`, at most `timeout_s` seconds; the flag is down afterwards."""
@@ -50,7 +49,9 @@ class Wakeup:
 class EventQueue:
     """Encoded events, oldest first."""
 
-    def __init__(self, account: Account, *, max_events: int, max_bytes: int, max_event_bytes: int, wake_at: int) -> None:
+    def __init__(
+        self, account: Account, *, max_events: int, max_bytes: int, max_event_bytes: int, wake_at: int
+    ) -> None:
         self._account = account
         self._lock = account.lock
         self._events: collections.deque[bytes] = collections.deque()

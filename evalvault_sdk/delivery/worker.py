@@ -147,7 +147,7 @@ class Worker:
                 self._deliver_waiting()
                 if self._closing and not self.account.queued:
                     break
-            except Exception as fault:  # a bug of ours must end neither the thread nor the events
+            except Exception as fault:  # noqa: BLE001 - a bug of ours must end neither the thread nor the events
                 logger.warning("evalvault: delivery failed by a fault of its own (%s)", type(fault).__name__)
                 self._hurry.wait(_FAULT_PAUSE_S)
         self._transport.close()
@@ -239,9 +239,7 @@ class Worker:
         """Say once that an outage is over."""
         if self._outage_since is not None:
             lasted_s, self._outage_since = self._clock() - self._outage_since, None
-            logger.warning(
-                "evalvault: delivering to %s again after %.1f s", self._transport.destination, lasted_s
-            )
+            logger.warning("evalvault: delivering to %s again after %.1f s", self._transport.destination, lasted_s)
 
     def _log_rejected(self, count: int, reason: str) -> None:
         now = self._clock()

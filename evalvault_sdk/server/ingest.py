@@ -60,7 +60,10 @@ class Submission:
         """Return status and body of the answer, once `events` are stored."""
         rejected = list(self.rejected)
         if not self.events:
-            return 422, {**{key: rejected[0][key] for key in ("error", "details", "index")}, "rejected": rejected}
+            return 422, {
+                **{key: rejected[0][key] for key in ("error", "details", "index")},
+                "rejected": rejected,
+            }
         body: dict[str, Any] = {
             "stored": len(self.events),
             "run_id": self.events[0].run_id,
@@ -94,7 +97,8 @@ def _unpack(body: bytes, content_encoding: str | None, limits: IngestLimits) -> 
         raise ApiError(400, "Malformed gzip", "the body is not what Content-Encoding: gzip says") from None
     if len(unpacked) > limits.max_unpacked_bytes:
         raise too_large(
-            f"the body unpacks to more than {limits.max_unpacked_bytes} bytes", limit_bytes=limits.max_unpacked_bytes
+            f"the body unpacks to more than {limits.max_unpacked_bytes} bytes",
+            limit_bytes=limits.max_unpacked_bytes,
         )
     if not unpacker.eof:
         raise ApiError(400, "Malformed gzip", "the body ends before its gzip stream does")

@@ -126,7 +126,11 @@ def _retrieval(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> I
     k = len(doc_ids) if top_k is None or top_k <= 0 else min(top_k, len(doc_ids))
     hits = len(set(doc_ids[:k]) & relevant)
     yield "precision_at_k", hits / k, {"k": k, "relevant_found": hits, "retrieved_count": k}
-    yield "recall_at_k", hits / len(relevant), {"k": k, "relevant_found": hits, "relevant_total": len(relevant)}
+    yield (
+        "recall_at_k",
+        hits / len(relevant),
+        {"k": k, "relevant_found": hits, "relevant_total": len(relevant)},
+    )
 
 
 def _relevant(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> set[str]:

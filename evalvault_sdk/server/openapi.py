@@ -110,7 +110,10 @@ def _answer(description: str, example: Any) -> dict[str, Any]:
 _Responses = dict[int | str, dict[str, Any]]
 
 _UNAUTHORIZED: _Responses = {
-    401: _answer("The server has a token, and the request does not bear it.", {"error": "Unauthorized", "details": "..."})
+    401: _answer(
+        "The server has a token, and the request does not bear it.",
+        {"error": "Unauthorized", "details": "..."},
+    )
 }
 _UNAVAILABLE: _Responses = {
     503: _answer(
@@ -174,12 +177,8 @@ def _reads(description: str, example: Any) -> _Responses:
     return {200: _answer(description, example), **_NOT_FOUND, **_UNAUTHORIZED, **_UNAVAILABLE}
 
 
-EVENTS_RESPONSES = _reads(
-    "The events.", {"run_id": "rag-001", "events": [_EVENT], "total": 5, "returned": 1}
-)
-METRICS_RESPONSES = _reads(
-    "The metrics.", {"run_id": "rag-001", "metrics": [_METRIC], "total": 4, "returned": 1}
-)
+EVENTS_RESPONSES = _reads("The events.", {"run_id": "rag-001", "events": [_EVENT], "total": 5, "returned": 1})
+METRICS_RESPONSES = _reads("The metrics.", {"run_id": "rag-001", "metrics": [_METRIC], "total": 4, "returned": 1})
 SUMMARY_RESPONSES = _reads("The summary.", _SUMMARY)
 DEBUG_RESPONSES = _reads(
     "The report.",

@@ -46,9 +46,7 @@ class RunReader:
         events = [event.to_dict() for event in found]
         return {"run_id": run_id, "events": events, "total": total, "returned": len(events)}
 
-    def metrics(
-        self, run_id: str, *, stage_id: str | None, metric_name: str | None, limit: int
-    ) -> dict[str, Any]:
+    def metrics(self, run_id: str, *, stage_id: str | None, metric_name: str | None, limit: int) -> dict[str, Any]:
         """Return `{"run_id", "metrics", "total", "returned"}`. Raises `RunNotFoundError`."""
         if not self._store.count(run_id):
             raise RunNotFoundError(run_id)

@@ -65,7 +65,10 @@ _ADVICE: Mapping[str, tuple[str, str]] = {
     ),
 }
 _SLOW = ("Stages of this type are too slow", "look at the slowest ones; cache, batch, or shrink their input")
-_FALLBACK = ("A metric misses its threshold", "look at the stages where it fails, and whether the threshold suits them")
+_FALLBACK = (
+    "A metric misses its threshold",
+    "look at the stages where it fails, and whether the threshold suits them",
+)
 
 
 class FailureTally:
@@ -132,7 +135,11 @@ def bottlenecks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def debug_report(
-    run_summary: Mapping[str, Any], summary: Mapping[str, Any], metrics: Iterable[StageMetric], *, max_metrics: int
+    run_summary: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    metrics: Iterable[StageMetric],
+    *,
+    max_metrics: int,
 ) -> dict[str, Any]:
     """
     Return the debug report of a run.

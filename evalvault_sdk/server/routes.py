@@ -80,14 +80,18 @@ class _Route(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handler(request)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - each becomes an answer
                 return error_response(as_api_error(error))
 
         return answer
 
 
 def create_router(
-    store: Store, *, token: str | None = None, limits: IngestLimits | None = None, reader: RunReader | None = None
+    store: Store,
+    *,
+    token: str | None = None,
+    limits: IngestLimits | None = None,
+    reader: RunReader | None = None,
 ) -> APIRouter:
     """
     Return the endpoints `/api/stage/...` over `store`, to be included in a FastAPI app.
@@ -148,9 +152,7 @@ def create_router(
         """Compute the metrics of a run's stages."""
         authorize(request)
         return json_response(
-            await run_in_threadpool(
-                reader.metrics, run_id, stage_id=stage_id, metric_name=metric_name, limit=limit
-            )
+            await run_in_threadpool(reader.metrics, run_id, stage_id=stage_id, metric_name=metric_name, limit=limit)
         )
 
     @router.get("/summary/{run_id}", responses=openapi.SUMMARY_RESPONSES)

@@ -22,9 +22,7 @@ def summarize(run_id: str, totals: Sequence[StageTypeTotals]) -> dict[str, Any]:
         "run_id": run_id,
         "total_events": sum(total.events for total in totals),
         "stage_type_counts": {total.stage_type: total.events for total in totals},
-        "stage_type_avg_durations": {
-            total.stage_type: total.mean_ms for total in totals if total.mean_ms is not None
-        },
+        "stage_type_avg_durations": {total.stage_type: total.mean_ms for total in totals if total.mean_ms is not None},
         "missing_required_stage_types": [kind for kind in REQUIRED_STAGE_TYPES if kind not in seen],
     }
 

@@ -37,7 +37,7 @@ import bm25s
 
 from evalvault_sdk import StageTracer, Stats, current_stage
 
-TOP_K = 10
+TOP_K = 5
 KEEP = 3
 
 # Address and token come from EVALVAULT_API_URL and EVALVAULT_API_TOKEN.
@@ -64,7 +64,16 @@ class Passage:
 def standard_library() -> Iterator[Passage]:
     """Yield the docstrings of the standard library, read from its source."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    skipped = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "pydoc_data",
+    }
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if skipped.intersection(parts):
@@ -83,7 +92,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[Passage]:
         if text and len(text) > 40:
             yield Passage(name, text)
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
             yield from _docstrings(child, f"{name}.{child.name}")
 
 
@@ -92,6 +101,7 @@ class Library:
 
     def __init__(self) -> None:
         self.passages = list(standard_library())
+        self.ids = {passage.id for passage in self.passages}
         self._index = bm25s.BM25()
         # The dotted name is searched too: "json.loads" says a lot about its passage.
         texts = [f"{passage.id.replace('.', ' ').replace('_', ' ')}\n{passage.text}" for passage in self.passages]
@@ -205,8 +215,8 @@ def answer(library: Library, question: str, relevant: tuple[str, ...] = ()) -> s
                 "scores": [score for _, score in found],
                 "top_k": TOP_K,
             }
-            if relevant:
-                stage.metadata["relevant_doc_ids"] = list(relevant)
+            if known := library.ids.intersection(relevant):  # which there are depends on Python's version
+                stage.metadata["relevant_doc_ids"] = sorted(known)
 
         kept = []
         if found:
@@ -229,7 +239,10 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("How do I write an object to a file as JSON?", ("json.dump",)),
     ("How do I copy a directory tree recursively?", ("shutil.copytree",)),
     ("How do I delete a directory tree?", ("shutil.rmtree",)),
-    ("How do I make a temporary file?", ("tempfile.NamedTemporaryFile", "tempfile.TemporaryFile", "tempfile.mkstemp")),
+    (
+        "How do I make a temporary file?",
+        ("tempfile.NamedTemporaryFile", "tempfile.TemporaryFile", "tempfile.mkstemp"),
+    ),
     ("How do I make a temporary directory?", ("tempfile.TemporaryDirectory", "tempfile.mkdtemp")),
     ("How do I find the median of numbers?", ("statistics.median",)),
     ("How do I compute the standard deviation of a sample?", ("statistics.stdev",)),
@@ -297,7 +310,10 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("How do I represent a fraction exactly?", ("fractions.Fraction",)),
     ("How do I push an item on a heap?", ("heapq",)),
     ("How do I find the insertion point in a sorted list?", ("bisect.bisect_left", "bisect.bisect_right")),
-    ("How do I print a calendar month?", ("calendar.TextCalendar.prmonth", "calendar.TextCalendar.formatmonth")),
+    (
+        "How do I print a calendar month?",
+        ("calendar.TextCalendar.prmonth", "calendar.TextCalendar.formatmonth"),
+    ),
     ("How do I read lines of several files as one stream?", ("fileinput.input", "fileinput")),
     ("How do I open a web page in the browser?", ("webbrowser.open",)),
     ("How do I ask for a password without echo?", ("getpass.unix_getpass",)),
@@ -305,7 +321,10 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("How do I format numbers for a locale?", ("locale.format_string", "locale.currency")),
     ("How do I connect to an IMAP mail server?", ("imaplib.IMAP4",)),
     ("How do I check whether an IP address is private?", ("ipaddress.IPv4Address.is_private",)),
-    ("How do I parse an XML document into a tree?", ("xml.etree.ElementTree.parse", "xml.etree.ElementTree.XML")),
+    (
+        "How do I parse an XML document into a tree?",
+        ("xml.etree.ElementTree.parse", "xml.etree.ElementTree.XML"),
+    ),
     ("How do I store objects persistently in a dictionary?", ("shelve.open", "shelve")),
     ("How do I disassemble bytecode?", ("dis.dis",)),
     ("How do I evaluate a literal expression safely?", ("ast.literal_eval",)),
@@ -315,7 +334,10 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("gzip으로 데이터를 압축하려면 어떻게 하나요?", ("gzip.compress",)),
     ("숫자의 중앙값을 구하는 함수는?", ("statistics.median",)),
     ("숫자의 평균을 구하려면?", ("statistics.mean",)),
-    ("안전한 난수 토큰을 만드는 방법은?", ("secrets.token_hex", "secrets.token_bytes", "secrets.token_urlsafe")),
+    (
+        "안전한 난수 토큰을 만드는 방법은?",
+        ("secrets.token_hex", "secrets.token_bytes", "secrets.token_urlsafe"),
+    ),
     ("정규식 패턴으로 검색하려면?", ("re.search",)),
     ("함수 결과를 캐시하는 방법은?", ("functools.lru_cache", "functools.cache")),
     ("여러 비동기 작업을 함께 기다리려면? asyncio gather", ("asyncio.tasks.gather",)),

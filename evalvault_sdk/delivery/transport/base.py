@@ -7,7 +7,7 @@ Out:  exactly one of `Delivered`, `RetryLater`, `Refused`, `TooLarge`.
 
 from __future__ import annotations
 
-from typing import Protocol, Union
+from typing import Protocol
 
 import attrs
 
@@ -57,7 +57,7 @@ class TooLarge:
     limit_bytes: int | None = None
 
 
-Outcome = Union[Delivered, RetryLater, Refused, TooLarge]
+Outcome = Delivered | RetryLater | Refused | TooLarge
 
 
 class Transport(Protocol):

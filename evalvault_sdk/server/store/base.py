@@ -53,7 +53,12 @@ class Store(Protocol):
         """Store all `events`, each replacing what has its run and stage id. When it returns, they are durable."""
 
     def events(
-        self, run_id: str, *, stage_type: str | None = None, trace_id: str | None = None, limit: int | None = None
+        self,
+        run_id: str,
+        *,
+        stage_type: str | None = None,
+        trace_id: str | None = None,
+        limit: int | None = None,
     ) -> Iterator[StageEvent]:
         """Yield a run's events, of one type or trace if given, at most `limit`, in the order first stored."""
 

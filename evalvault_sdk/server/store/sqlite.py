@@ -79,7 +79,12 @@ class SQLiteStore:
                 raise
 
     def events(
-        self, run_id: str, *, stage_type: str | None = None, trace_id: str | None = None, limit: int | None = None
+        self,
+        run_id: str,
+        *,
+        stage_type: str | None = None,
+        trace_id: str | None = None,
+        limit: int | None = None,
     ) -> Iterator[StageEvent]:
         """Yield a run's events; see `Store.events`."""
         where, values = _where(run_id, stage_type, trace_id)
