@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -87,6 +87,10 @@ def _optional_text(field: str, value: object) -> str | None:
     return _storable(field, value)
 
 
+def _id_text(field: str, value: object) -> str | None:
+    return _optional_text(field, value) or None
+
+
 def _storable(field: str, value: str) -> str:
     """Refuse what UTF-8 or a database cannot hold, here and by name, rather than as a failed transaction."""
     if not value.isascii():
@@ -97,22 +101,6 @@ def _storable(field: str, value: str) -> str:
     if "\x00" in value:
         raise InvalidStageEventError(field, "must not hold a NUL character")
     return value
-
-
-def _run_id(value: object) -> str:
-    return _required_text("run_id", value)
-
-
-def _stage_type(value: object) -> str:
-    return _required_text("stage_type", value).lower()
-
-
-def _stage_id(value: object) -> str:
-    return _optional_text("stage_id", value) or new_stage_id()
-
-
-def _status(value: object) -> str:
-    return "success" if value is None else _required_text("status", value)
 
 
 def _attempt(value: object) -> int:
@@ -127,9 +115,7 @@ def _attempt(value: object) -> int:
     return value
 
 
-def _duration_ms(value: object) -> float | None:
-    if value is None:
-        return None
+def _duration_ms(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidStageEventError("duration_ms", "must be a number or null")
     try:
@@ -151,8 +137,8 @@ def _object(field: str, value: object) -> dict[str, Any]:
     return dict(value)
 
 
-def _payload_ref(field: str, value: object) -> StagePayloadRef | None:
-    if value is None or isinstance(value, StagePayloadRef):
+def _payload_ref(field: str, value: object) -> StagePayloadRef:
+    if isinstance(value, StagePayloadRef):
         return value
     if not isinstance(value, Mapping):
         raise InvalidStageEventError(field, "must be an object with store and id, or null")
@@ -167,17 +153,21 @@ class StagePayloadRef:
     """Where a stage's input or output is kept, when it is too large or too private to travel along."""
 
     #: Which store holds it, for example the name of a bucket.
-    store: str = attrs.field(converter=lambda value: _required_text("store", value))
+    store: str
     #: Its key there.
-    id: str = attrs.field(converter=lambda value: _required_text("id", value))
+    id: str
     #: Its format.
-    type: str = attrs.field(default="json", converter=lambda value: _required_text("type", value))
+    type: str = "json"
+
+    def __attrs_post_init__(self) -> None:
+        for field in ("store", "id", "type"):
+            object.__setattr__(self, field, _required_text(field, getattr(self, field)))
 
     @classmethod
     def from_dict(cls, payload: Mapping[str, Any]) -> StagePayloadRef:
         """Read `{"store", "id", "type"}`. Raises `InvalidStageEventError`."""
         kind = payload.get("type")
-        return cls(payload.get("store"), payload.get("id"), "json" if kind is None else kind)
+        return cls(payload.get("store"), payload.get("id"), "json" if kind is None else kind)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, str]:
         """Return `{"store", "id", "type"}`."""
@@ -195,38 +185,64 @@ class StageEvent:
     """
 
     #: What is evaluated together: a deployment, an experiment, a day. Stripped, never empty.
-    run_id: str = attrs.field(converter=_run_id)
+    run_id: str
     #: "retrieval", "rerank", "output" ... or any other name. Stripped and lower-cased.
-    stage_type: str = attrs.field(converter=_stage_type)
+    stage_type: str
     #: The event's identity within its run: sending it again stores it once. A new UUIDv7 by default.
-    stage_id: str = attrs.field(default=None, converter=_stage_id)
-    stage_name: str | None = attrs.field(default=None, converter=lambda v: _optional_text("stage_name", v))
-    parent_stage_id: str | None = attrs.field(default=None, converter=lambda v: _optional_text("parent_stage_id", v))
+    stage_id: str = ""
+    stage_name: str | None = None
+    parent_stage_id: str | None = None
     #: "success", "error", or what the sender chose.
-    status: str = attrs.field(default="success", converter=_status)
+    status: str = "success"
     #: 1 for the first try of a stage that is retried.
-    attempt: int = attrs.field(default=1, converter=_attempt)
-    started_at: datetime | None = attrs.field(default=None, converter=lambda v: parse_time("started_at", v))
-    finished_at: datetime | None = attrs.field(default=None, converter=lambda v: parse_time("finished_at", v))
+    attempt: int = 1
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
     #: Milliseconds.
-    duration_ms: float | None = attrs.field(default=None, converter=_duration_ms)
-    input_ref: StagePayloadRef | None = attrs.field(default=None, converter=lambda v: _payload_ref("input_ref", v))
-    output_ref: StagePayloadRef | None = attrs.field(default=None, converter=lambda v: _payload_ref("output_ref", v))
+    duration_ms: float | None = None
+    input_ref: StagePayloadRef | None = None
+    output_ref: StagePayloadRef | None = None
     #: What the stage did: the query, document ids, scores, token counts. Metrics are computed from these.
-    attributes: dict[str, Any] = attrs.field(factory=dict, converter=lambda v: _object("attributes", v))
+    attributes: dict[str, Any] = attrs.field(factory=dict)
     #: What it ran under: model, dataset, session, test case.
-    metadata: dict[str, Any] = attrs.field(factory=dict, converter=lambda v: _object("metadata", v))
-    trace_id: str | None = attrs.field(default=None, converter=lambda v: _optional_text("trace_id", v) or None)
-    span_id: str | None = attrs.field(default=None, converter=lambda v: _optional_text("span_id", v) or None)
+    metadata: dict[str, Any] = attrs.field(factory=dict)
+    trace_id: str | None = None
+    span_id: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.started_at is None or self.finished_at is None:
-            return
-        if self.finished_at < self.started_at:
-            raise InvalidStageEventError("finished_at", "must not be before started_at")
-        if self.duration_ms is None:
-            elapsed = self.finished_at - self.started_at
-            object.__setattr__(self, "duration_ms", elapsed.total_seconds() * 1000)
+        normalised = object.__setattr__  # the one moment at which a frozen event changes
+        normalised(self, "run_id", _required_text("run_id", self.run_id))
+        normalised(self, "stage_type", _required_text("stage_type", self.stage_type).lower())
+        normalised(self, "stage_id", _optional_text("stage_id", self.stage_id) or new_stage_id())
+        normalised(self, "status", "success" if self.status is None else _required_text("status", self.status))
+        normalised(self, "attempt", _attempt(self.attempt))
+        normalised(self, "attributes", _object("attributes", self.attributes))
+        normalised(self, "metadata", _object("metadata", self.metadata))
+        # None needs no check, and most of these are mostly None.
+        if self.stage_name is not None:
+            normalised(self, "stage_name", _optional_text("stage_name", self.stage_name))
+        if self.parent_stage_id is not None:
+            normalised(self, "parent_stage_id", _optional_text("parent_stage_id", self.parent_stage_id))
+        if self.trace_id is not None:
+            normalised(self, "trace_id", _optional_text("trace_id", self.trace_id) or None)
+        if self.span_id is not None:
+            normalised(self, "span_id", _optional_text("span_id", self.span_id) or None)
+        if self.input_ref is not None:
+            normalised(self, "input_ref", _payload_ref("input_ref", self.input_ref))
+        if self.output_ref is not None:
+            normalised(self, "output_ref", _payload_ref("output_ref", self.output_ref))
+        if self.started_at is not None:
+            normalised(self, "started_at", parse_time("started_at", self.started_at))
+        if self.finished_at is not None:
+            normalised(self, "finished_at", parse_time("finished_at", self.finished_at))
+        if self.duration_ms is not None:
+            normalised(self, "duration_ms", _duration_ms(self.duration_ms))
+        if self.started_at is not None and self.finished_at is not None:
+            if self.finished_at < self.started_at:
+                raise InvalidStageEventError("finished_at", "must not be before started_at")
+            if self.duration_ms is None:
+                elapsed = self.finished_at - self.started_at
+                normalised(self, "duration_ms", elapsed.total_seconds() * 1000)
 
     @classmethod
     def from_dict(cls, payload: Mapping[str, Any]) -> StageEvent:
@@ -237,7 +253,7 @@ class StageEvent:
         """
         if not isinstance(payload, Mapping):
             raise InvalidStageEventError("event", "must be an object")
-        get = payload.get
+        get: Callable[[str], Any] = payload.get  # what each value is, is found out by the constructor
         trace = get("trace") or {}
         if not isinstance(trace, Mapping):
             raise InvalidStageEventError("trace", "must be an object or null")

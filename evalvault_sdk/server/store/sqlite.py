@@ -40,7 +40,7 @@ _SCHEMA = ("sqlite_0001_stage_tables.sql",)
 
 
 def _sql(name: str) -> str:
-    return resources.files("evalvault_sdk.server.store").joinpath("sql", name).read_text(encoding="utf-8")
+    return (resources.files("evalvault_sdk.server.store") / "sql" / name).read_text(encoding="utf-8")
 
 
 class SQLiteStore:

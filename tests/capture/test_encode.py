@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import pathlib
+import threading
+import uuid
+from typing import Any
+
+import attrs
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalvault_sdk.capture.encode import describe_error, encode, iso_time
+from evalvault_sdk.events import StageEvent
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    hidden: object
+
+
+@attrs.define
+class Size:
+    width: int
+
+
+class Model:
+    def model_dump(self) -> dict[str, Any]:
+        return {"name": "gpt"}
+
+
+class Hostile:
+    """Every way to look at it raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+class HostileMapping(dict[str, Any]):
+    def copy(self) -> Any:
+        raise RuntimeError("no")
+
+    def items(self) -> Any:
+        raise RuntimeError("no")
+
+
+def encoded(value: Any) -> Any:
+    return orjson.loads(encode({"value": value}))["value"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"한국어": "보험"}, {"한국어": "보험"}),
+        (float("nan"), None),
+        ([1.5, float("inf")], [1.5, None]),
+        (10**30, str(10**30)),
+        (-(2**63), -(2**63)),
+        ({1: "a", None: "b", ("t",): "c"}, {"1": "a", "None": "b", "('t',)": "c"}),
+        ({Colour.RED: Colour.RED}, {"red": "red"}),
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (np.array([1, 2, 3, 4])[::2], [1, 3]),
+        (np.float16(0.5), 0.5),
+        (dt.datetime(2026, 1, 7), "2026-01-07T00:00:00+00:00"),
+        (dt.date(2026, 1, 7), "2026-01-07"),
+        (dt.timedelta(seconds=1), "datetime.timedelta(seconds=1)"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (decimal.Decimal("1.5"), 1.5),
+        (b"abc", "<3 bytes>"),
+        (pathlib.PurePosixPath("/a/b"), "/a/b"),
+        (collections.deque([1, 2]), [1, 2]),
+        ((1, 2), [1, 2]),
+        (Point(1, {2}), {"x": 1, "hidden": [2]}),
+        (Size(3), {"width": 3}),
+        (Model(), {"name": "gpt"}),
+        (ValueError("boo"), {"type": "ValueError", "message": "boo"}),
+        (int, "int"),
+        ("a\ud800b", "a?b"),
+        ({"bad\udfff": 1}, {"bad?": 1}),
+    ],
+)
+def test_a_python_object_becomes_json(value: Any, expected: Any) -> None:
+    assert encoded(value) == expected
+
+
+def test_an_object_that_raises_however_it_is_looked_at_is_named() -> None:
+    assert encoded([Hostile(), 1]) == ["<Hostile that cannot be shown>", 1]
+
+
+def test_sets_become_lists() -> None:
+    assert sorted(encoded({3, 1, 2})) == [1, 2, 3]
+
+
+def test_an_odd_value_costs_its_own_place_only() -> None:
+    assert encoded({"good": 1, "big": 10**30, "also good": "x"}) == {"good": 1, "big": str(10**30), "also good": "x"}
+
+
+def test_a_cycle_ends() -> None:
+    cycle: dict[str, Any] = {"a": 1}
+    cycle["self"] = cycle
+    assert encoded(cycle) == {"a": 1, "self": "<dict: contains itself>"}
+
+
+def test_a_repeated_object_is_no_cycle() -> None:
+    shared = {10**30}
+    assert encoded([shared, shared]) == [[str(10**30)], [str(10**30)]]
+
+
+def test_depth_is_bounded() -> None:
+    deep: Any = 1
+    for _ in range(10_000):
+        deep = [deep]
+    assert "nested too deeply" in encode({"value": deep}).decode()
+
+
+def test_the_number_of_values_looked_at_is_bounded() -> None:
+    wide = encode({"value": [10**30] * 100_000})
+    assert b"too many values" in wide
+
+
+def test_a_hostile_container_is_named_not_fatal() -> None:
+    assert encoded({"x": HostileMapping(a=10**30)}) == {"x": "<HostileMapping that cannot be shown>"}
+
+
+def test_an_iterator_is_not_consumed() -> None:
+    numbers = iter([1, 2, 3])
+    encoded(numbers)
+    assert next(numbers) == 1
+
+
+def test_a_dict_that_another_thread_fills_does_no_harm() -> None:
+    shared: dict[Any, Any] = {0: {1}}
+    stop = threading.Event()
+
+    def fill() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            shared[number % 500] = number
+            shared.pop((number * 7) % 500, None)
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    try:
+        for _ in range(500):
+            orjson.loads(encode({"value": shared}))
+    finally:
+        stop.set()
+        filler.join()
+
+
+def test_keyboard_interrupt_is_not_swallowed() -> None:
+    class Interrupted:
+        def __repr__(self) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode({"value": Interrupted()})
+
+
+def test_an_error_is_described_by_its_qualified_type_even_if_its_message_fails() -> None:
+    class SilentError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    described = describe_error(SilentError())
+    assert described["type"].endswith("SilentError")
+    assert "cannot be shown" in described["message"]
+    assert describe_error(KeyError("k")) == {"type": "KeyError", "message": "'k'"}
+    assert describe_error(orjson.JSONDecodeError("m", "", 0))["type"] == "orjson.JSONDecodeError"
+
+
+def test_times_have_microseconds_and_an_offset() -> None:
+    assert iso_time(1_767_780_000_000_001_999) == "2026-01-07T10:00:00.000001+00:00"
+    assert iso_time(1_767_780_000_999_999_999) == "2026-01-07T10:00:00.999999+00:00"
+    assert iso_time(0) == "1970-01-01T00:00:00.000000+00:00"
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.characters(),
+    lambda children: (
+        st.lists(children)
+        | st.dictionaries(st.text() | st.integers() | st.none() | st.floats(), children)
+        | st.tuples(children, children)
+        | st.frozensets(st.integers() | st.text())
+    ),
+    max_leaves=30,
+)
+
+
+@given(json_like)
+def test_whatever_is_recorded_arrives_as_json_that_the_rules_accept(value: Any) -> None:
+    event = orjson.loads(encode({"run_id": "r", "stage_type": "x", "attributes": {"value": value}}))
+    assert "value" in StageEvent.from_dict(event).attributes

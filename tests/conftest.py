@@ -1,0 +1,24 @@
+"""Fixtures for all tests: no setting of the machine's environment reaches them, and there is a real server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import LiveServer, live_server
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("EVALVAULT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server in a process of its own, shared by all tests: each uses runs of its own."""
+    with live_server(tmp_path_factory.mktemp("server") / "events.db") as running:
+        yield running

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import collections
+import gc
+import threading
+import time
+
+import orjson
+import pytest
+
+from evalvault_sdk.delivery.account import Account
+from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
+from evalvault_sdk.delivery.queue import EventQueue, Wakeup
+from tests.support import balances
+
+
+def make_queue(max_events: int = 100, max_bytes: int = 10_000, max_event_bytes: int = 1000) -> EventQueue:
+    return EventQueue(
+        Account(), max_events=max_events, max_bytes=max_bytes, max_event_bytes=max_event_bytes, wake_at=10
+    )
+
+
+def test_the_body_of_a_batch_is_the_events_own_bytes() -> None:
+    batch = Batch((b'{"a":1}', b'{"b":2}'))
+    assert batch.body() == b'{"events":[{"a":1},{"b":2}]}'
+    assert orjson.loads(batch.body()) == {"events": [{"a": 1}, {"b": 2}]}
+
+
+@pytest.mark.parametrize(("count", "halves"), [(2, (1, 1)), (5, (2, 3))])
+def test_halves_keep_order_and_lose_nothing(count: int, halves: tuple[int, int]) -> None:
+    batch = Batch(tuple(str(number).encode() for number in range(count)))
+    first, second = batch.halves()
+    assert (len(first), len(second)) == halves
+    assert first.events + second.events == batch.events
+
+
+def test_a_batch_is_cut_by_whichever_ceiling_is_met_first() -> None:
+    events = [b"x" * 99] * 50
+    assert BatchLimits(max_events=10, max_bytes=1 << 20).count(events) == 10
+    assert BatchLimits(max_events=1000, max_bytes=1000 + ENVELOPE_BYTES).count(events) == 10
+    assert BatchLimits(max_events=1000, max_bytes=1 << 20).count(events) == 50
+    assert BatchLimits().count([]) == 0
+
+
+def test_an_event_larger_than_the_ceiling_still_goes_alone() -> None:
+    assert BatchLimits(max_bytes=100).count([b"x" * 1000, b"y"]) == 1
+
+
+def test_a_body_never_exceeds_its_ceiling() -> None:
+    events = [b"x" * size for size in (10, 20, 30, 40, 50)]
+    for ceiling in range(60, 200):
+        count = BatchLimits(max_bytes=ceiling).count(events)
+        assert len(Batch(tuple(events[:count])).body()) <= ceiling
+
+
+def test_what_does_not_fit_is_dropped_and_counted_by_reason() -> None:
+    by_count = make_queue(max_events=3)
+    assert [by_count.put(b"x") for _ in range(5)] == [True, True, True, False, False]
+    by_bytes = make_queue(max_bytes=25)
+    assert [by_bytes.put(b"x" * 10) for _ in range(3)] == [True, True, False]
+    by_size = make_queue(max_event_bytes=5)
+    assert [by_size.put(b"x" * 6), by_size.put(b"x" * 5)] == [False, True]
+    closed = make_queue()
+    closed.close("closed")
+    assert not closed.put(b"x")
+    closed.refuse("invalid")
+    dropped = [queue._account.stats().dropped for queue in (by_count, by_bytes, by_size, closed)]
+    assert dropped == [{"queue_full": 2}, {"queue_full": 1}, {"too_large": 1}, {"closed": 1, "invalid": 1}]
+    assert all(balances(queue._account.stats()) for queue in (by_count, by_bytes, by_size, closed))
+
+
+def test_what_is_taken_is_in_flight_and_what_is_put_back_is_first_again() -> None:
+    queue = make_queue()
+    for number in range(5):
+        queue.put(str(number).encode())
+    batch = queue.take(BatchLimits(max_events=2))
+    assert batch is not None
+    stats = queue._account.stats()
+    assert (stats.queued, stats.in_flight) == (3, 2)
+    queue.put_back(batch)
+    stats = queue._account.stats()
+    assert (stats.queued, stats.in_flight, balances(stats)) == (5, 0, True)
+    again = queue.take(BatchLimits())
+    assert again is not None
+    assert again.events == (b"0", b"1", b"2", b"3", b"4")
+    assert queue.take(BatchLimits()) is None
+
+
+def test_room_is_made_by_taking() -> None:
+    queue = make_queue(max_bytes=20)
+    for _ in range(100):
+        assert queue.put(b"x" * 15)
+        assert queue.take(BatchLimits()) is not None
+
+
+def test_a_wakeup_wakes_at_once_and_is_down_afterwards() -> None:
+    wakeup = Wakeup()
+    woken: list[float] = []
+
+    def sleep() -> None:
+        wakeup.wait(30)
+        woken.append(time.monotonic())
+
+    sleeper = threading.Thread(target=sleep)
+    sleeper.start()
+    time.sleep(0.05)
+    wakeup.set()
+    wakeup.set()
+    sleeper.join(5)
+    assert woken
+    started = time.monotonic()
+    wakeup.wait(0.05)
+    assert time.monotonic() - started >= 0.04
+    wakeup.set()
+    started = time.monotonic()
+    wakeup.wait(30)
+    assert time.monotonic() - started < 5
+
+
+def test_no_wakeup_is_lost_between_threads() -> None:
+    wakeup = Wakeup()
+    items: collections.deque[int] = collections.deque()
+    total = 4 * 5000
+
+    def produce() -> None:
+        for number in range(5000):
+            items.append(number)
+            wakeup.set()
+
+    producers = [threading.Thread(target=produce) for _ in range(4)]
+    for producer in producers:
+        producer.start()
+    started, seen = time.monotonic(), 0
+    while seen < total:
+        wakeup.wait(5)  # a lost wakeup costs five seconds, and shows
+        while items:
+            items.popleft()
+            seen += 1
+    assert time.monotonic() - started < 5
+    for producer in producers:
+        producer.join()
+
+
+def test_a_finalizer_that_records_while_its_thread_is_putting_does_not_deadlock() -> None:
+    queue = make_queue(max_events=10**6, max_bytes=10**9)
+
+    class Records:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            queue.put(b"from a finalizer")
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(2000):
+            Records()
+            queue.put(b"x")
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    stats = queue._account.stats()
+    assert balances(stats)
+    assert stats.queued == 4000

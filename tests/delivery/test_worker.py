@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import orjson
+import pytest
+
+from evalvault_sdk import Settings
+from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.transport import (
+    Delivered,
+    Outcome,
+    Refused,
+    RejectedEvent,
+    RetryLater,
+    TooLarge,
+    Transport,
+)
+from evalvault_sdk.delivery.worker import Worker
+from tests.support import MemoryTransport, balances, wait_for
+
+
+def make(transport: Transport, **settings: Any) -> Worker:
+    quick = {"flush_interval_s": 0.05, "retry_initial_s": 0.01, "retry_max_s": 0.05}
+    return Worker(transport, Settings(run_id="r", **{**quick, **settings}))
+
+
+def put(worker: Worker, count: int, start: int = 0) -> None:
+    for number in range(start, start + count):
+        worker.queue.put(orjson.dumps({"n": number}))
+
+
+def numbers(transport: MemoryTransport) -> list[int]:
+    return [event["n"] for event in transport.events]
+
+
+def test_no_thread_runs_before_the_first_event() -> None:
+    before = threading.active_count()
+    worker = make(MemoryTransport())
+    assert threading.active_count() == before
+    put(worker, 1)
+    assert threading.active_count() == before + 1
+    worker.shutdown(5)
+    assert threading.active_count() == before
+
+
+def test_events_arrive_in_order_without_a_flush_within_the_interval() -> None:
+    transport = MemoryTransport()
+    worker = make(transport)
+    put(worker, 5)
+    wait_for(lambda: worker.account.stats().delivered == 5, 5)
+    assert numbers(transport) == [0, 1, 2, 3, 4]
+    worker.shutdown(5)
+
+
+def test_a_full_batch_goes_without_waiting_for_the_interval() -> None:
+    transport = MemoryTransport()
+    worker = make(transport, flush_interval_s=60, batch_events=10)
+    put(worker, 10)
+    wait_for(lambda: worker.account.stats().delivered == 10, 5)
+    worker.shutdown(5)
+
+
+def test_batches_grow_with_the_backlog_up_to_their_ceiling() -> None:
+    transport = MemoryTransport()
+    worker = make(transport, flush_interval_s=60, batch_events=10_000, max_batch_events=1000)
+    put(worker, 2500)
+    stats = worker.flush(10)
+    assert (stats.delivered, stats.complete) == (2500, True)
+    assert [len(batch) for batch in transport.batches] == [1000, 1000, 500]
+    worker.shutdown(5)
+
+
+def test_flush_waits_for_what_was_recorded_before_and_only_for_that() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    class Slow(MemoryTransport):
+        def send(self, batch: Batch) -> Outcome:
+            outcome = super().send(batch)
+            if len(self.batches) == 2:
+                started.set()
+                release.wait(30)
+            return outcome
+
+    worker = make(Slow(), flush_interval_s=60)
+    put(worker, 3)
+    assert worker.flush(10).delivered == 3
+    put(worker, 2)
+    assert not worker.flush(0.1).complete, "the second batch is held up"
+    started.wait(10)
+    stats = worker.account.stats()
+    assert (stats.delivered, stats.in_flight) == (3, 2)
+    assert balances(stats)
+    release.set()
+    assert worker.flush(10).complete
+    worker.shutdown(5)
+
+
+def test_flush_of_nothing_returns_at_once() -> None:
+    worker = make(MemoryTransport())
+    started = time.monotonic()
+    assert worker.flush(30).recorded == 0
+    assert time.monotonic() - started < 1
+    worker.shutdown(1)
+
+
+def test_a_failed_batch_is_sent_again_before_newer_ones_and_nothing_is_lost() -> None:
+    transport = MemoryTransport(RetryLater("HTTP 503"), RetryLater("HTTP 503"))
+    worker = make(transport)
+    put(worker, 3)
+    assert worker.flush(10).delivered == 3
+    put(worker, 2, start=3)
+    assert worker.flush(10).delivered == 5
+    sent = [[orjson.loads(event)["n"] for event in batch.events] for batch in transport.batches]
+    assert sent == [[0, 1, 2]] * 3 + [[3, 4]]
+    worker.shutdown(5)
+
+
+def test_refused_events_are_counted_and_their_neighbours_delivered(caplog: pytest.LogCaptureFixture) -> None:
+    transport = MemoryTransport(Delivered((RejectedEvent(1, "attempt must be an integer"),)))
+    worker = make(transport)
+    put(worker, 3)
+    stats = worker.flush(10)
+    assert (stats.delivered, stats.rejected, stats.complete) == (2, 1, False)
+    assert "attempt must be an integer" in caplog.text
+    worker.shutdown(5)
+
+
+class Judge(MemoryTransport):
+    """Refuses every batch that holds a bad number, and every one of more than `most` events."""
+
+    def __init__(self, bad: set[int], most: int = 1000) -> None:
+        super().__init__()
+        self.bad, self.most = bad, most
+        self.stored: list[int] = []
+
+    def send(self, batch: Batch) -> Outcome:
+        super().send(batch)
+        found = [orjson.loads(event)["n"] for event in batch.events]
+        if len(found) > self.most:
+            return TooLarge()
+        if self.bad.intersection(found):
+            return Refused("Malformed")
+        self.stored += found
+        return Delivered()
+
+
+def test_one_poisonous_event_does_not_cost_its_batch() -> None:
+    judge = Judge(bad={13, 77})
+    worker = make(judge, flush_interval_s=60)
+    put(worker, 100)
+    stats = worker.flush(10)
+    assert (stats.delivered, stats.rejected) == (98, 2)
+    assert judge.stored == [number for number in range(100) if number not in judge.bad]
+    worker.shutdown(5)
+
+
+def test_what_is_too_large_is_halved_and_the_limit_remembered() -> None:
+    class Small(MemoryTransport):
+        def send(self, batch: Batch) -> Outcome:
+            super().send(batch)
+            return Delivered() if len(batch.body()) <= 10_000 else TooLarge()
+
+    transport = Small()
+    worker = make(transport, flush_interval_s=60, batch_events=1000)
+    for _ in range(2):
+        transport.batches.clear()
+        for _ in range(64):
+            worker.queue.put(orjson.dumps({"n": 1, "padding": "x" * 500}))
+        assert worker.flush(10).complete
+    assert all(len(batch.body()) <= 10_000 for batch in transport.batches), "the second time none was too large"
+    worker.shutdown(5)
+
+
+def test_a_single_event_that_is_too_large_is_rejected_not_tried_for_ever() -> None:
+    judge = Judge(bad=set(), most=0)
+    worker = make(judge)
+    put(worker, 3)
+    stats = worker.flush(10)
+    assert (stats.delivered, stats.rejected) == (0, 3)
+    worker.shutdown(5)
+
+
+def test_an_outage_is_said_once_when_it_begins_and_once_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    transport = MemoryTransport(*[RetryLater("HTTP 401", advice="set EVALVAULT_API_TOKEN")] * 20)
+    worker = make(transport)
+    put(worker, 2)
+    wait_for(lambda: worker.account.stats().delivered == 2, 10)
+    put(worker, 2)
+    assert worker.flush(10).delivered == 4
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "HTTP 401" in lines[0]
+    assert "EVALVAULT_API_TOKEN" in lines[0]
+    assert "again" in lines[1]
+    worker.shutdown(5)
+
+
+def test_shutdown_delivers_what_is_left_and_drops_what_comes_later() -> None:
+    transport = MemoryTransport()
+    worker = make(transport, flush_interval_s=60)
+    put(worker, 100)
+    stats = worker.shutdown(10)
+    assert stats.complete
+    assert transport.closed
+    put(worker, 2)
+    stats = worker.shutdown(10)
+    assert (stats.delivered, stats.dropped) == (100, {"closed": 2})
+    assert balances(stats)
+
+
+def test_shutdown_holds_its_deadline_and_counts_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    class Hangs(MemoryTransport):
+        def send(self, batch: Batch) -> Outcome:
+            super().send(batch)
+            release.wait(30)
+            return Delivered()
+
+    transport = Hangs()
+    worker = make(transport, max_batch_events=2)
+    put(worker, 5)
+    wait_for(lambda: len(transport.batches) == 1)
+    started = time.monotonic()
+    stats = worker.shutdown(0.3)
+    assert 0.2 < time.monotonic() - started < 1.5
+    assert stats.dropped == {"shutdown": 5}
+    assert balances(stats)
+    assert "5 events were not delivered to memory" in caplog.text
+    release.set()
+    wait_for(lambda: "evalvault-delivery" not in {thread.name for thread in threading.enumerate()})
+    assert worker.account.stats() == stats, "what a request comes to after the end is not counted twice"
+    assert len(transport.batches) == 1
+
+
+def test_shutdown_during_an_outage_holds_its_deadline() -> None:
+    class Down(MemoryTransport):
+        def send(self, batch: Batch) -> Outcome:
+            super().send(batch)
+            return RetryLater("ConnectionError")
+
+    worker = make(Down(), retry_initial_s=60, retry_max_s=60)
+    put(worker, 5)
+    started = time.monotonic()
+    stats = worker.shutdown(0.5)
+    assert time.monotonic() - started < 1.5
+    assert stats.dropped == {"shutdown": 5}
+    assert balances(stats)
+
+
+def test_a_fault_of_the_transport_loses_nothing_and_does_not_end_the_thread(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evalvault_sdk.delivery.worker._FAULT_PAUSE_S", 0.01)
+    transport = MemoryTransport(ZeroDivisionError("secret"), ZeroDivisionError("secret"))
+    worker = make(transport)
+    put(worker, 3)
+    assert worker.flush(10).delivered == 3
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret" not in caplog.text
+    worker.shutdown(5)
+
+
+def test_a_full_queue_drops_the_newest_and_never_blocks() -> None:
+    worker = make(MemoryTransport(), flush_interval_s=60, max_queue_events=10, batch_events=1000)
+    started = time.monotonic()
+    put(worker, 100_000)
+    assert time.monotonic() - started < 5
+    stats = worker.shutdown(5)
+    assert (stats.delivered, stats.dropped) == (10, {"queue_full": 99_990})
+
+
+def test_the_account_balances_at_every_moment_it_can_be_observed() -> None:
+    class Random(MemoryTransport):
+        def send(self, batch: Batch) -> Outcome:
+            super().send(batch)
+            kind = len(self.batches) % 5
+            if kind == 1:
+                return RetryLater("x")
+            if kind == 2 and len(batch) > 1:
+                return Delivered((RejectedEvent(0, "x"),))
+            if kind == 3:
+                raise ZeroDivisionError
+            return Delivered()
+
+    logging.getLogger("evalvault_sdk").setLevel(logging.ERROR)
+    try:
+        worker = make(Random(), max_queue_events=500, batch_events=20, retry_initial_s=0.001, retry_max_s=0.002)
+        done = threading.Event()
+
+        def record() -> None:
+            put(worker, 3000)
+
+        threads = [threading.Thread(target=record) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        observed = 0
+        while any(thread.is_alive() for thread in threads) or observed < 1000:
+            assert balances(worker.account.stats())
+            observed += 1
+        done.set()
+        stats = worker.shutdown(20)
+        assert balances(stats)
+        assert stats.recorded == 12_000
+        assert stats.pending == 0
+    finally:
+        logging.getLogger("evalvault_sdk").setLevel(logging.NOTSET)
+
+
+def test_no_thread_is_left_by_many_workers_made_and_ended() -> None:
+    before = threading.active_count()
+    for _ in range(100):
+        worker = make(MemoryTransport())
+        put(worker, 1)
+        assert worker.shutdown(5).complete
+    assert threading.active_count() == before

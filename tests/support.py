@@ -1,0 +1,142 @@
+"""What several tests need: a real server, transports that remember, small helpers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import requests
+
+from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.transport import Delivered, Outcome
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without settings of the SDK, and with the checkout's package on the path."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALVAULT_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+class LiveServer:
+    """`evalvault-sdk serve` in a process of its own."""
+
+    def __init__(self, db: Path, *arguments: str, port: int | None = None) -> None:
+        self.db = db
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "evalvault_sdk.cli", "serve", "--db", str(db), "--port", str(self.port)]
+        self._log = db.with_suffix(".log").open("wb")
+        self.process = subprocess.Popen(
+            [*command, *arguments], env=clean_environment(), stdout=self._log, stderr=self._log
+        )
+        wait_for(self._ready, 30)
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, self.db.with_suffix(".log").read_text()
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{self.url}/health", timeout=1).ok
+        return False
+
+    def get(self, path: str, **query: Any) -> Any:
+        response = requests.get(f"{self.url}/api/stage/{path}", params=query, timeout=60)
+        response.raise_for_status()
+        return response.json()
+
+    def post(self, body: Any, **options: Any) -> requests.Response:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return requests.post(f"{self.url}/api/stage/events", data=data, headers=headers, timeout=60, **options)
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(signal_number)
+        self.process.wait(15)
+        self._log.close()
+
+
+@contextlib.contextmanager
+def live_server(db: Path, *arguments: str) -> Iterator[LiveServer]:
+    server = LiveServer(db, *arguments)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+class MemoryTransport:
+    """Remembers what was sent; answers with `outcomes` in turn, then with `Delivered`."""
+
+    destination = "memory"
+
+    def __init__(self, *outcomes: Outcome | Exception) -> None:
+        self.outcomes = list(outcomes)
+        self.batches: list[Batch] = []
+        self.closed = 0
+        self.lock = threading.Lock()
+
+    def send(self, batch: Batch) -> Outcome:
+        with self.lock:
+            self.batches.append(batch)
+            outcome = self.outcomes.pop(0) if self.outcomes else Delivered()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [orjson.loads(event) for batch in self.batches for event in batch.events]
+
+
+class ListSink:
+    """A sink for capture alone: what was put, and why something was refused."""
+
+    def __init__(self) -> None:
+        self.put_events: list[bytes] = []
+        self.refused: list[str] = []
+
+    def put(self, event: bytes) -> bool:
+        self.put_events.append(event)
+        return True
+
+    def refuse(self, reason: str) -> None:
+        self.refused.append(reason)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [orjson.loads(event) for event in self.put_events]
+
+
+def balances(stats: Any) -> bool:
+    ends = stats.delivered + stats.spooled + stats.queued + stats.in_flight + stats.rejected
+    return bool(stats.recorded == ends + sum(stats.dropped.values()))

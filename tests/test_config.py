@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evalvault_sdk import ConfigurationError, Settings, StageTracer
+
+
+def test_an_argument_wins_over_its_variable_and_the_variable_over_the_default() -> None:
+    environ = {"EVALVAULT_BATCH_EVENTS": "10", "EVALVAULT_FLUSH_INTERVAL_S": "0.5", "EVALVAULT_RUN_ID": "from-env"}
+    settings = Settings.resolve(environ, batch_events=20)
+    assert (settings.run_id, settings.batch_events, settings.flush_interval_s) == ("from-env", 20, 0.5)
+    assert settings.api_url == "http://localhost:8000"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"run_id": ""}, "EVALVAULT_RUN_ID"),
+        ({"run_id": 7}, "run_id is required"),
+        ({"api_url": "localhost:8000"}, "api_url must be an http:// or https:// address"),
+        ({"api_url": "ftp://x"}, "api_url"),
+        ({"api_url": "http://user:secret@host"}, "token="),
+        ({"token": "two\nlines"}, "one line"),
+        ({"batch_events": 0}, "batch_events must be a whole number of at least 1"),
+        ({"batch_events": 1.5}, "batch_events must be a whole number"),
+        ({"flush_interval_s": float("inf")}, "flush_interval_s must be a number"),
+        ({"compression": "zip"}, "gzip, none"),
+        ({"batch_evnts": 5}, "did you mean 'batch_events'"),
+        ({"enabled": "yes"}, "enabled"),
+    ],
+)
+def test_a_wrong_setting_raises_at_construction_and_says_which(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        StageTracer(**{"run_id": "r", **given})
+    assert words in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("EVALVAULT_BATCH_EVENTS", "many"), ("EVALVAULT_SDK_DISABLED", "perhaps")]
+)
+def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=variable):
+        Settings.resolve({variable: value}, run_id="r")
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = Settings(
+        run_id="r", token="s3cret", proxies={"https": "http://u:s3cret@proxy"}, headers={"X-Key": "s3cret"}
+    )
+    assert "s3cret" not in repr(settings)
+    assert "X-Key" in repr(settings)
+    with StageTracer("r", token="s3cret") as tracer:
+        assert "s3cret" not in repr(tracer)
+
+
+def test_the_off_switch_of_the_operator_wins_over_the_code() -> None:
+    assert Settings.resolve({"EVALVAULT_SDK_DISABLED": "1"}, run_id="r", enabled=True).enabled is False
+    assert Settings.resolve({"EVALVAULT_SDK_DISABLED": "0"}, run_id="r", enabled=False).enabled is False
+    assert Settings.resolve({"EVALVAULT_SDK_DISABLED": "0"}, run_id="r").enabled is True
+
+
+def test_a_url_may_end_with_a_slash_and_none_means_not_given() -> None:
+    assert Settings.resolve({}, run_id="r", api_url="http://host/path/", token=None).api_url == "http://host/path"

@@ -1,0 +1,80 @@
+"""The directions of design: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, clean_environment
+
+PACKAGE = ROOT / "evalvault_sdk"
+BASE = {"errors", "ids", "events", "config", "builder"}
+#: A part of the package, and the parts it may import besides itself and BASE.
+MAY_IMPORT = {
+    "capture": set(),
+    "delivery": {"__init__"},  # for the version it sends as its User-Agent
+    "tracer": {"capture", "delivery"},
+    "server": {"__init__"},
+    "cli": {"server", "delivery", "capture", "__init__"},
+    "__init__": {"capture", "delivery", "tracer"},
+}
+#: A third-party package, and the only places that may import it.
+ONLY_IN = {
+    "fastapi": {"server/app.py", "server/routes.py"},
+    "starlette": {"server/app.py", "server/routes.py"},
+    "uvicorn": {"cli/app.py"},
+    "typer": {"cli/app.py"},
+    "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
+    "tenacity": {"delivery/retry.py"},
+    "requests": {"delivery/transport/http.py", "cli/source.py", "cli/demo.py"},
+}
+
+
+def imports_of(source: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    part = relative.parts[0].removesuffix(".py")
+    allowed = BASE | {part} | MAY_IMPORT.get(part, set())
+    for name in imports_of(path.read_text(encoding="utf-8")):
+        root, _, rest = name.partition(".")
+        if root == "evalvault_sdk":
+            target = rest.partition(".")[0]
+            if not (PACKAGE / target).exists() and not (PACKAGE / f"{target}.py").exists():
+                target = "__init__"  # a name, not a module
+            assert target in allowed, f"{relative} must not import {name}"
+        elif root in ONLY_IN:
+            assert relative.as_posix() in ONLY_IN[root], f"{relative} must not import {root}"
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    script = "import sys, evalvault_sdk; print(*sorted(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=clean_environment()
+    )
+    loaded = set(done.stdout.split())
+    assert not loaded & {
+        "requests",
+        "tenacity",
+        "urllib3",
+        "fastapi",
+        "pydantic",
+        "rich",
+        "typer",
+        "asyncio",
+        "sqlite3",
+    }
