@@ -9,8 +9,6 @@ Live stage tracing of RAG services for EvalVault.
         stage.set(doc_ids=["doc-1"], scores=[0.91], top_k=5)
 """
 
-import logging
-
 from evalvault_sdk.builder import StageEventBuilder
 from evalvault_sdk.capture.stage import StageContext, current_stage
 from evalvault_sdk.config import Settings
@@ -41,6 +39,3 @@ __all__ = [
     "__version__",
     "current_stage",
 ]
-
-# A library is silent unless the program configures logging; warnings still reach stderr by Python's default.
-logging.getLogger("evalvault_sdk").addHandler(logging.NullHandler())

@@ -19,7 +19,7 @@ def test_a_minimal_event_gets_the_defaults_of_the_contract() -> None:
     assert event.attributes == {}
     assert event.metadata == {}
     assert len(event.stage_id) == 36
-    assert event.duration_ms is event.started_at is event.trace_id is None
+    assert (event.duration_ms, event.started_at, event.trace_id) == (None, None, None)
 
 
 def test_the_stage_type_is_stripped_and_lower_cased() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from evalvault_sdk.capture.encode import encode
 
@@ -21,13 +21,17 @@ logger = logging.getLogger("evalvault_sdk")
 _LOG_INTERVAL_S = 60.0
 
 
+#: Why an event was recorded and yet could not be put.
+RefusalReason = Literal["invalid", "internal_error"]
+
+
 class Sink(Protocol):
     """Where encoded events go: the queue, or in tests a list."""
 
     def put(self, event: bytes) -> bool:
         """Take an event, or count it as dropped and return False. Never raises, never blocks."""
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: RefusalReason) -> None:
         """Count an event that was recorded and could not be put."""
 
 
@@ -50,7 +54,7 @@ class Recorder:
             self.fault("recording a stage", error)
             return False
 
-    def fault(self, doing: str, error: Exception, reason: str = "internal_error") -> None:
+    def fault(self, doing: str, error: Exception, reason: RefusalReason = "internal_error") -> None:
         """Count an event lost to `error`; log the kind of error, never its message, which may quote content."""
         try:
             self.sink.refuse(reason)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from evalvault_sdk.capture.context import open_stage
 from evalvault_sdk.capture.encode import describe_error, iso_time
-from evalvault_sdk.capture.recorder import Recorder
+from evalvault_sdk.capture.recorder import Recorder, RefusalReason
 from evalvault_sdk.events import StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
 
@@ -238,7 +238,7 @@ class _Nowhere:
     def put(self, event: bytes) -> bool:
         return False
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: RefusalReason) -> None:
         pass
 
 

@@ -69,14 +69,12 @@ def serve(
 ) -> None:
     """Run the server: receive events, and answer questions about them."""
     with _clear_errors():
-        import uvicorn
-
-        from evalvault_sdk.server import create_app
+        from evalvault_sdk.server import create_app, run
         from evalvault_sdk.server.security import check_exposure
 
         check_exposure(host, token, insecure=insecure)
         console.print(f"Database {escape(db)}; API documentation at http://{host}:{port}/docs", highlight=False)
-        uvicorn.run(create_app(db, token=token), host=host, port=port, access_log=False)
+        run(create_app(db, token=token), host=host, port=port)
 
 
 @app.command()
@@ -104,7 +102,7 @@ def ingest(
 
         target = FileTarget(db) if db else ServerTarget(url, token)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("Sending", total=file.stat().st_size)
             tally = ingest_file(file, target, lambda size: progress.advance(bar, size))
         console.print(f"{tally.stored:,} events stored, {len(tally.refused):,} refused", highlight=False)

@@ -50,7 +50,7 @@ def run_demo(console: Console, db: Path) -> bool:
         os.environ.pop("EVALVAULT_SDK_DISABLED", None)
         with console.status("Indexing the docstrings of Python's standard library ..."):
             program = _load_program()
-        with Progress(console=console, transient=True) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("Answering questions", total=len(program.QUESTIONS))
             started = time.perf_counter()
             stats = program.main(lambda question, text: progress.advance(bar))

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import Literal
 
 import attrs
+
+#: Why an event was lost.
+DropReason = Literal["queue_full", "too_large", "invalid", "shutdown", "closed", "internal_error"]
 
 
 @attrs.frozen(kw_only=True)
@@ -35,8 +39,8 @@ class Stats:
     in_flight: int
     #: Refused by the server for what they are: sending them again would not help.
     rejected: int
-    #: Lost, by reason: `queue_full`, `too_large`, `invalid`, `closed`, `shutdown`, `internal_error`.
-    dropped: Mapping[str, int]
+    #: Lost, by reason; only reasons that occurred.
+    dropped: Mapping[DropReason, int]
 
     @property
     def pending(self) -> int:
@@ -78,14 +82,14 @@ class Account:
         self.queued = 0
         self.in_flight = 0
         self.rejected = 0
-        self.dropped: dict[str, int] = {}
+        self.dropped: dict[DropReason, int] = {}
 
     @property
     def ended(self) -> int:
         """Accepted events whose fate in this process is decided; as the queue is in order, the oldest ones."""
         return self.accepted - self.queued - self.in_flight
 
-    def drop(self, reason: str, count: int = 1) -> None:
+    def drop(self, reason: DropReason, count: int = 1) -> None:
         """Count `count` events as lost. The caller holds the lock and has taken them from where they were."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
 

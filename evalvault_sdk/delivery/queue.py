@@ -16,7 +16,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 
-from evalvault_sdk.delivery.account import Account
+from evalvault_sdk.delivery.account import Account, DropReason
 from evalvault_sdk.delivery.batch import Batch, BatchLimits
 
 
@@ -60,7 +60,7 @@ class EventQueue:
         self._max_bytes = max_bytes
         self._max_event_bytes = max_event_bytes
         self._wake_at = wake_at
-        self._closed_because: str | None = None
+        self._closed_because: DropReason | None = None
         self.wakeup = Wakeup()
         #: Called after a put, in the caller's thread, until it is set to None: it starts the worker.
         self.on_first_put: Callable[[], None] | None = None
@@ -90,12 +90,12 @@ class EventQueue:
             self.on_first_put()
         return True
 
-    def _why_not(self, size: int) -> str:
+    def _why_not(self, size: int) -> DropReason:
         if self._closed_because is not None:
             return self._closed_because
         return "too_large" if size > self._max_event_bytes else "queue_full"
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: DropReason) -> None:
         """Count an event that was recorded and could not be put."""
         with self._lock:
             self._account.refused += 1
@@ -121,12 +121,12 @@ class EventQueue:
             self._account.queued += len(batch)
             self._account.in_flight -= len(batch)
 
-    def close(self, reason: str) -> None:
+    def close(self, reason: DropReason) -> None:
         """From now on count every put as dropped for `reason`."""
         with self._lock:
             self._closed_because = reason
 
-    def drop_all(self, reason: str) -> int:
+    def drop_all(self, reason: DropReason) -> int:
         """Give up what is waiting, count it as dropped for `reason`, and return how much it was."""
         with self._lock:
             count = len(self._events)

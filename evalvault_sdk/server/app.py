@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from evalvault_sdk import __version__
+from evalvault_sdk.errors import MissingDependencyError
 from evalvault_sdk.server.ingest import ApiError, IngestLimits
 from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS
 from evalvault_sdk.server.reader import RunReader
@@ -70,3 +71,13 @@ def create_app(
         )
 
     return app
+
+
+def run(app: FastAPI, *, host: str, port: int) -> None:
+    """Serve `app` with uvicorn until SIGINT or SIGTERM; requests under way are finished first."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingDependencyError.for_extra("serving", "server", error) from error
+    # No access log: a line per batch says nothing, and costs as much as the batch.
+    uvicorn.run(app, host=host, port=port, access_log=False)

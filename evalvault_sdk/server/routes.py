@@ -126,7 +126,7 @@ def create_router(
         status, answer = await run_in_threadpool(take, body, request.headers.get("content-encoding"))
         return json_response(answer, status)
 
-    @router.get("/events/{run_id}", responses=openapi.EVENTS_RESPONSES)
+    @router.get("/events/{run_id:path}", responses=openapi.EVENTS_RESPONSES)
     async def get_events(
         request: Request,
         run_id: str,
@@ -141,7 +141,7 @@ def create_router(
             await run_in_threadpool(reader.events, run_id, stage_type=kind, trace_id=trace_id, limit=limit)
         )
 
-    @router.get("/metrics/{run_id}", responses=openapi.METRICS_RESPONSES)
+    @router.get("/metrics/{run_id:path}", responses=openapi.METRICS_RESPONSES)
     async def get_metrics(
         request: Request,
         run_id: str,
@@ -155,7 +155,7 @@ def create_router(
             await run_in_threadpool(reader.metrics, run_id, stage_id=stage_id, metric_name=metric_name, limit=limit)
         )
 
-    @router.get("/summary/{run_id}", responses=openapi.SUMMARY_RESPONSES)
+    @router.get("/summary/{run_id:path}", responses=openapi.SUMMARY_RESPONSES)
     async def get_summary(
         request: Request,
         run_id: str,
@@ -167,7 +167,7 @@ def create_router(
         authorize(request)
         return json_response(await run_in_threadpool(reader.summary, run_id, detail=detail))
 
-    @router.get("/debug/{run_id}", responses=openapi.DEBUG_RESPONSES)
+    @router.get("/debug/{run_id:path}", responses=openapi.DEBUG_RESPONSES)
     async def get_debug(
         request: Request,
         run_id: str,

@@ -81,9 +81,12 @@ def test_an_exception_is_recorded_and_passes_through_unchanged(recorder: Recorde
     def fails() -> None:
         raise error
 
-    with pytest.raises(ValueError, match="empty query") as caught, StageContext(recorder, "a") as stage:
-        stage.attributes["query"] = ""
+    @StageContext(recorder, "a", attributes={"query": ""})
+    def stage() -> None:
         fails()
+
+    with pytest.raises(ValueError, match="empty query") as caught:
+        stage()
     assert caught.value is error
     assert error.__context__ is None
     assert [frame.name for frame in traceback.extract_tb(error.__traceback__)][-1] == "fails"
@@ -179,7 +182,7 @@ def test_a_decorated_coroutine_function_stays_one(recorder: Recorder, sink: List
 
     assert inspect.iscoroutinefunction(work)
 
-    async def program() -> list[Any]:
+    async def program() -> Any:
         return await asyncio.gather(work(1), work(2), work(-1), return_exceptions=True)
 
     results = asyncio.run(program())

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 from evalvault_sdk.delivery.queue import Wakeup
 from evalvault_sdk.delivery.retry import Retry
 from evalvault_sdk.delivery.transport import Delivered, Outcome, Refused, RetryLater
 
 
-def run(outcomes: list[Outcome], tries: int = 1000, max_s: float = 30.0) -> tuple[Outcome, list[float], list[str]]:
+def run(outcomes: Sequence[Outcome], tries: int = 1000, max_s: float = 30.0) -> tuple[Outcome, list[float], list[str]]:
     waits: list[float] = []
     failures: list[str] = []
     retry = Retry(
@@ -55,7 +56,7 @@ def test_when_told_to_stop_the_failure_is_the_outcome() -> None:
 def test_hurry_ends_the_wait() -> None:
     hurry = Wakeup()
     retry = Retry(initial_s=60, max_s=60, hurry=hurry, should_stop=lambda: False)
-    outcomes = iter([RetryLater("x", wait_s=60), Delivered()])
+    outcomes: Iterator[Outcome] = iter([RetryLater("x", wait_s=60), Delivered()])
     timer = threading.Timer(0.1, hurry.set)
     timer.start()
     started = time.monotonic()

@@ -1,0 +1,257 @@
+"""One suite over every store: what the server relies on."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evalvault_sdk import ConfigurationError, StageEvent, StagePayloadRef
+from evalvault_sdk.errors import StoreError
+from evalvault_sdk.server.store import SQLiteStore, Store, open_store
+
+NOON = datetime(2026, 1, 7, 12, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "events.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    opened = open_store(str(path))
+    yield opened
+    opened.close()
+
+
+def event(number: int = 0, **fields: Any) -> StageEvent:
+    return StageEvent(**{"run_id": "r", "stage_type": "x", "stage_id": f"s{number}", **fields})
+
+
+def test_what_is_stored_comes_back_field_by_field(store: Store) -> None:
+    full = event(
+        stage_name="이름",
+        parent_stage_id="p",
+        status="error",
+        attempt=3,
+        started_at=datetime(2026, 1, 7, 9, 0, 0, 1, tzinfo=timezone(timedelta(hours=9))),
+        finished_at=NOON,
+        duration_ms=0.1 + 0.2,
+        input_ref=StagePayloadRef("s3", "k"),
+        output_ref=StagePayloadRef("s3", "k2", "text"),
+        attributes={"query": "보험 보장금액은?", "n": [1, 2.5, None, {"x": True}]},
+        metadata={"m": "ü"},
+        trace_id="t",
+        span_id="sp",
+    )
+    minimal = event(1)
+    store.save([full, minimal])
+    assert list(store.events("r")) == [full, minimal]
+
+
+def test_storing_again_replaces_and_keeps_the_place(store: Store) -> None:
+    store.save([event(1), event(2)])
+    store.save([event(1, attributes={"new": 1})])
+    assert [(e.stage_id, e.attributes) for e in store.events("r")] == [("s1", {"new": 1}), ("s2", {})]
+
+
+def test_the_same_stage_id_in_two_runs_is_two_events(store: Store) -> None:
+    store.save([event(1), event(1, run_id="other")])
+    assert (store.count("r"), store.count("other")) == (1, 1)
+
+
+def test_the_last_of_equal_ids_in_one_batch_wins(store: Store) -> None:
+    store.save([event(1, status="first"), event(1, status="second")])
+    assert [e.status for e in store.events("r")] == ["second"]
+
+
+def test_events_are_found_by_type_and_trace_and_limited(store: Store) -> None:
+    store.save([event(n, stage_type="ab"[n % 2], trace_id=f"t{n % 3}") for n in range(12)])
+    assert [e.stage_id for e in store.events("r", stage_type="a")] == ["s0", "s2", "s4", "s6", "s8", "s10"]
+    assert [e.stage_id for e in store.events("r", stage_type="a", trace_id="t0")] == ["s0", "s6"]
+    assert [e.stage_id for e in store.events("r", limit=2)] == ["s0", "s1"]
+    assert store.count("r") == 12
+    assert store.count("r", stage_type="b", trace_id="t1") == 2
+    assert list(store.events("nobody")) == []
+
+
+def test_totals_are_those_worked_out_by_hand(store: Store) -> None:
+    durations = [float(ms) for ms in range(1, 101)]
+    store.save([event(n, stage_type="timed", duration_ms=ms) for n, ms in enumerate(reversed(durations))])
+    store.save([event(1000 + n, stage_type="untimed", status="error" if n else "success") for n in range(3)])
+    timed, untimed = store.stage_type_totals("r")
+    assert (timed.stage_type, timed.events, timed.errors, timed.mean_ms) == ("timed", 100, 0, 50.5)
+    assert (timed.p50_ms, timed.p95_ms, timed.p99_ms) == (50, 95, 99)
+    assert (untimed.stage_type, untimed.events, untimed.errors, untimed.mean_ms, untimed.p95_ms) == (
+        "untimed",
+        3,
+        2,
+        None,
+        None,
+    )
+    assert store.stage_type_totals("nobody") == []
+
+
+def test_a_percentile_of_one_is_that_one(store: Store) -> None:
+    store.save([event(duration_ms=7)])
+    (only,) = store.stage_type_totals("r")
+    assert (only.p50_ms, only.p95_ms, only.p99_ms) == (7, 7, 7)
+
+
+def test_the_run_spans_first_start_to_last_finish_whatever_the_offsets(store: Store) -> None:
+    seoul = timezone(timedelta(hours=9))
+    store.save(
+        [
+            event(1, trace_id="a", started_at=NOON.astimezone(seoul), finished_at=NOON + timedelta(seconds=1)),
+            event(2, trace_id="a", started_at=NOON - timedelta(seconds=1), status="error"),
+            event(3, trace_id="b", finished_at=(NOON + timedelta(seconds=2)).astimezone(seoul)),
+            event(4),
+        ]
+    )
+    totals = store.run_totals("r")
+    assert (totals.events, totals.errors, totals.traces) == (4, 1, 2)
+    assert totals.started_at == NOON - timedelta(seconds=1)
+    assert totals.finished_at == NOON + timedelta(seconds=2)
+    nobody = store.run_totals("nobody")
+    assert (nobody.events, nobody.errors, nobody.traces, nobody.started_at) == (0, 0, 0, None)
+
+
+def test_a_batch_is_stored_whole_or_not_at_all(store: Store) -> None:
+    unstorable = event(2)
+    object.__setattr__(unstorable, "attempt", 2**70)
+    with pytest.raises((StoreError, OverflowError)):
+        store.save([event(1), unstorable])
+    assert store.count("r") == 0
+    store.save([event(1)])
+    assert store.count("r") == 1
+
+
+def test_threads_may_save_and_read_at_once(store: Store) -> None:
+    faults: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for step in range(20):
+                store.save([event(number * 1000 + step * 10 + n) for n in range(10)])
+                list(store.events("r", limit=5))
+                store.stage_type_totals("r")
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert store.count("r") == 4 * 20 * 10
+
+
+# -- what is SQLite's own
+
+
+def test_the_file_is_for_its_owner_only(store: Store, path: Path) -> None:
+    store.save([event()])
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+def test_the_tables_are_evalvaults(store: Store, path: Path) -> None:
+    store.save([event(started_at=NOON, attributes={"한": 1}, input_ref=StagePayloadRef("s", "i"))])
+    with sqlite3.connect(path) as db:
+        columns = [row[1] for row in db.execute("PRAGMA table_info(stage_events)")]
+        row = db.execute("SELECT started_at, attributes, metadata, input_ref, attempt FROM stage_events").fetchone()
+        indexes = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+        metrics = [row[1] for row in db.execute("PRAGMA table_info(stage_metrics)")]
+    db.close()
+    assert columns == [
+        "id",
+        "run_id",
+        "stage_id",
+        "parent_stage_id",
+        "stage_type",
+        "stage_name",
+        "status",
+        "attempt",
+        "started_at",
+        "finished_at",
+        "duration_ms",
+        "input_ref",
+        "output_ref",
+        "attributes",
+        "metadata",
+        "trace_id",
+        "span_id",
+    ]
+    assert row == ("2026-01-07T12:00:00+00:00", '{"한":1}', "{}", '{"store":"s","id":"i","type":"json"}', 1)
+    assert {"idx_stage_events_run_stage_id", "idx_stage_events_run_id", "idx_stage_events_stage_type"} <= indexes
+    assert metrics == ["id", "run_id", "stage_id", "metric_name", "score", "threshold", "evidence"]
+
+
+def test_a_file_that_evalvault_wrote_is_served_row_by_row_even_where_it_is_laxer(path: Path) -> None:
+    SQLiteStore(path).close()
+    rows = [
+        # Naive times, as EvalVault writes them; NaN, as Python's json does; an order of times nobody checked.
+        ("s1", "2026-01-04T16:15:49.330303", "2026-01-04T16:16:22.376524", '{"n": NaN}', "success", 1),
+        ("s2", "2026-01-04T16:16:22", "2026-01-04T16:15:49", "{}", None, None),
+        ("s3", "not a time", None, "not json", "", 0),
+    ]
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE evalvault_sdk_schema")
+        db.executemany(
+            "INSERT INTO stage_events (run_id, stage_type, stage_id, started_at, finished_at, attributes, status, "
+            "attempt) VALUES ('r', 'x', ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+    db.close()
+    store = open_store(str(path))
+    first, second, third = store.events("r")
+    assert first.started_at == datetime(2026, 1, 4, 16, 15, 49, 330303, tzinfo=timezone.utc)
+    assert (second.stage_id, second.finished_at, second.status) == ("s2", None, "success")
+    assert (third.stage_id, third.started_at, third.attributes, third.attempt) == ("s3", None, {}, 1)
+    assert store.run_totals("r").events == 3
+    store.close()
+
+
+def test_a_file_can_be_opened_again_and_by_two_at_once(path: Path) -> None:
+    first = open_store(str(path))
+    first.save([event(1)])
+    second = open_store(f"sqlite://{path}")
+    second.save([event(2)])
+    assert first.count("r") == second.count("r") == 2
+    first.close()
+    second.close()
+
+
+def test_what_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no/such/folder"):
+        open_store(str(tmp_path / "no/such/folder/x.db"))
+    text = tmp_path / "text.db"
+    text.write_text("this is no database, but it is long enough to be taken for one" * 20)
+    with pytest.raises(StoreError, match="not a database"):
+        open_store(str(text))
+    with pytest.raises(ConfigurationError, match="redis://"):
+        open_store("redis://localhost")
+
+
+def test_a_locked_file_is_an_error_after_a_while_and_works_again_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evalvault_sdk.server.store.sqlite._BUSY_TIMEOUT_S", 0.1)
+    store = open_store(str(path))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="locked"):
+        store.save([event()])
+    other.execute("ROLLBACK")
+    other.close()
+    store.save([event()])
+    assert store.count("r") == 1
+    store.close()

@@ -1,0 +1,80 @@
+"""The README is true: its code runs, its table is that of `Settings`, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import attrs
+import pytest
+
+from evalvault_sdk import Settings
+from evalvault_sdk.delivery.account import DropReason
+from tests.support import ROOT, LiveServer, clean_environment
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def settings_row(field: attrs.Attribute[Any]) -> str:
+    if field.default is attrs.NOTHING:
+        default = "required"
+    elif field.name == "headers":
+        default = "`{}`"
+    else:
+        default = f"`{field.default!r}`".replace("'", '"')
+    variable = f"`{field.metadata['env']}`" if field.metadata["env"] else ""
+    return f"| `{field.name}` | {variable} | {default} | {field.metadata['help']} |"
+
+
+def test_the_table_of_settings_is_that_of_the_class() -> None:
+    table = README.split("## Settings")[1].split("## The server")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert rows == [settings_row(field) for field in attrs.fields(Settings)]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_every_block_of_code_runs(server: LiveServer, tmp_path: Path, number: int) -> None:
+    blocks = code_blocks("python")
+    assert len(blocks) == 3
+    script = blocks[number].replace("http://localhost:8000", server.url)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env={**clean_environment(), "EVALVAULT_API_URL": server.url},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    if number == 0:
+        assert done.stdout == "recorded 3 = delivered 3\n"
+        assert server.get("summary/rag-001")["stage_type_counts"]["request"] >= 1
+
+
+def test_every_command_is_one() -> None:
+    named = set(re.findall(r"\$ evalvault-sdk (\w+)", README))
+    assert named == {"serve", "ingest", "show", "demo"}
+    for name in named:
+        done = subprocess.run(
+            [sys.executable, "-m", "evalvault_sdk.cli", name, "--help"], env=clean_environment(), capture_output=True
+        )
+        assert done.returncode == 0
+
+
+def test_every_make_target_is_one() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake (\w[\w-]*)", README)) - {"lint"}:
+        assert f"\n{target}:" in makefile
+
+
+def test_every_reason_of_a_drop_is_explained() -> None:
+    table = README.split("| reason |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(get_args(DropReason))
