@@ -12,7 +12,7 @@ Live stage tracing of RAG services for EvalVault.
 from evalvault_sdk.builder import StageEventBuilder
 from evalvault_sdk.capture.stage import StageContext, current_stage
 from evalvault_sdk.config import Settings
-from evalvault_sdk.delivery.account import Stats
+from evalvault_sdk.delivery.account import FlushReport, Stats
 from evalvault_sdk.errors import (
     ConfigurationError,
     EvalVaultError,
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConfigurationError",
     "EvalVaultError",
+    "FlushReport",
     "InvalidStageEventError",
     "MissingDependencyError",
     "Settings",

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
+from evalvault_sdk.errors import describe_error
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 from evalvault_sdk.ids import new_stage_id
 
@@ -134,9 +135,8 @@ class StageEventBuilder:
     def error(self, error: BaseException | str, *, kind: str | None = None) -> StageEventBuilder:
         """Mark the stage as failed; `kind` names the sort of error where `error` is only its message."""
         self._fields["status"] = "error"
-        if isinstance(error, BaseException):
-            kind = kind or type(error).__name__
-        self._attributes["error"] = {"type": kind or "Error", "message": str(error)}
+        described = {"type": "Error", "message": error} if isinstance(error, str) else describe_error(error)
+        self._attributes["error"] = {**described, "type": kind or described["type"]}
         return self
 
     def status(self, status: str) -> StageEventBuilder:

@@ -2,8 +2,8 @@
 Every option of the client, with its variable, unit and default.
 
 In:   keyword arguments of `StageTracer`, and `EVALVAULT_*` environment variables.
-Out:  one frozen `Settings`, or a `ConfigurationError` that says which value is wrong, where it came from,
-      and what it may be.
+Out:  one frozen `Settings`, or a `ConfigurationError` that says which value is wrong, from which variable
+      if from any, and what it may be.
 
 An argument wins over its variable, a variable over the default. Wrong settings raise at construction, the
 only time at which this package raises: a typo must not be found out by looking for missing traces.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
 
 import attrs
@@ -24,23 +24,63 @@ from evalvault_sdk.errors import ConfigurationError
 _MEBIBYTE = 1 << 20
 
 
+#: Nobody means to wait longer than this; much longer ones overflow in the operating system.
+_LONGEST_S = 86_400.0
+
+
 def _one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
     def check(_instance: Any, attribute: Any, value: Any) -> None:
         if value not in allowed:
-            raise ConfigurationError(f"{attribute.name} must be one of {', '.join(allowed)}")
+            raise ConfigurationError(f"{attribute.name} must be one of: {', '.join(allowed)}")
 
     return check
 
 
-def _number(minimum: float, *, integer: bool = False) -> Callable[[Any, Any, Any], None]:
-    kinds = int if integer else (int, float)
-
+def _count(minimum: int) -> Callable[[Any, Any, Any], None]:
     def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < float("inf"):
-            kind = "a whole number" if integer else "a number"
-            raise ConfigurationError(f"{attribute.name} must be {kind} of at least {minimum:g}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 1 << 48:
+            raise ConfigurationError(f"{attribute.name} must be a whole number of at least {minimum}")
 
     return check
+
+
+def _seconds(minimum: float) -> Callable[[Any, Any, Any], None]:
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or not minimum <= value <= _LONGEST_S:
+            raise ConfigurationError(f"{attribute.name} must be a number of seconds from {minimum:g} to {_LONGEST_S:g}")
+
+    return check
+
+
+def _check_enabled(_instance: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{attribute.name} must be True or False")
+
+
+def _check_verify(_instance: Any, attribute: Any, value: Any) -> None:
+    # An empty path, from a variable that is not set perhaps, would switch verification off in requests.
+    if not (isinstance(value, bool) or (isinstance(value, str) and value)):
+        raise ConfigurationError(f"{attribute.name} must be True, False, or the path of a file or folder of CAs")
+
+
+def _check_cert(_instance: Any, attribute: Any, value: Any) -> None:
+    parts = (value,) if isinstance(value, str) else value
+    if value is not None and not (
+        isinstance(parts, tuple) and len(parts) <= 2 and all(isinstance(part, str) and part for part in parts)
+    ):
+        raise ConfigurationError(f"{attribute.name} must be the path of a certificate, or (certificate, key)")
+
+
+def _check_text_mapping(_instance: Any, attribute: Any, value: Any) -> None:
+    good = value is None or (
+        isinstance(value, Mapping)
+        and all(
+            isinstance(text, str) and text.isascii() and text.isprintable() for pair in value.items() for text in pair
+        )
+    )
+    if not good:
+        raise ConfigurationError(f"{attribute.name} must be a dict of names to values, both plain ASCII text")
 
 
 def _check_run_id(_instance: Any, _attribute: Any, value: Any) -> None:
@@ -55,11 +95,12 @@ def _check_url(_instance: Any, attribute: Any, value: Any) -> None:
     try:
         parts = urlsplit(value)
         ok = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        ok = ok and not (parts.query or parts.fragment or any(letter.isspace() for letter in value))
     except (ValueError, TypeError, AttributeError):
         ok = False
     if not ok:
         raise ConfigurationError(
-            f"{attribute.name} must be an http:// or https:// address such as http://localhost:8000"
+            f"{attribute.name} must be an http:// or https:// address such as http://localhost:8000, without ? or #"
         )
     if parts.username or parts.password:
         raise ConfigurationError(
@@ -80,6 +121,10 @@ def _token(value: Any) -> Any:
     return _stripped(value) or None
 
 
+def _path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _url(value: Any) -> Any:
     return value.strip().rstrip("/") if isinstance(value, str) else value
 
@@ -91,6 +136,20 @@ def _flag(text: str) -> bool:
     if lowered in ("0", "false", "no", "off", ""):
         return False
     raise ValueError("must be 1 or 0, true or false, yes or no, on or off")
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number") from None
 
 
 def _negated_flag(text: str) -> bool:
@@ -132,29 +191,33 @@ class Settings:
         "`False` (the variable: `1`) makes everything a no-op: no thread, no network, no events.",
         default=True,
         read=_negated_flag,
-        validator=attrs.validators.instance_of(bool),
+        validator=_check_enabled,
     )
     verify: bool | str = _setting(
         "EVALVAULT_CA_BUNDLE",
         "As in `requests`: a file or folder of certificate authorities to trust.",
         default=True,
-        validator=attrs.validators.instance_of((bool, str)),
+        converter=_path,
+        validator=_check_verify,
     )
     cert: str | tuple[str, str] | None = _setting(
         "EVALVAULT_CLIENT_CERT",
         "As in `requests`: a client certificate, one file or `(certificate, key)`.",
         default=None,
+        validator=_check_cert,
     )
     proxies: Mapping[str, str] | None = _setting(
         None,
         "As in `requests`; without it `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` are used.",
         default=None,
+        validator=_check_text_mapping,
         repr=lambda value: "None" if value is None else "'***'",  # proxy addresses hold passwords
     )
     headers: Mapping[str, str] = _setting(
         None,
         "Headers to add to every request, for gateways that want their own.",
         factory=dict,
+        validator=_check_text_mapping,
         repr=lambda value: str(sorted(value)),  # names only
     )
     compression: Literal["gzip", "none"] = _setting(
@@ -167,78 +230,78 @@ class Settings:
         "EVALVAULT_FLUSH_INTERVAL_S",
         "Seconds an event waits at most before it is sent.",
         default=1.0,
-        read=float,
-        validator=_number(0.01),
+        read=_number,
+        validator=_seconds(0.01),
     )
     batch_events: int = _setting(
         "EVALVAULT_BATCH_EVENTS",
         "So many waiting events are sent at once, without waiting longer.",
         default=512,
-        read=int,
-        validator=_number(1, integer=True),
+        read=_whole_number,
+        validator=_count(1),
     )
     max_batch_events: int = _setting(
         "EVALVAULT_MAX_BATCH_EVENTS",
         "Events in one request at most, when there is a backlog.",
         default=8192,
-        read=int,
-        validator=_number(1, integer=True),
+        read=_whole_number,
+        validator=_count(1),
     )
     max_batch_bytes: int = _setting(
         "EVALVAULT_MAX_BATCH_BYTES",
         "Bytes of JSON in one request at most, before compression.",
         default=4 * _MEBIBYTE,
-        read=int,
-        validator=_number(1024, integer=True),
+        read=_whole_number,
+        validator=_count(1024),
     )
     max_queue_events: int = _setting(
         "EVALVAULT_MAX_QUEUE_EVENTS",
         "Events that wait in memory at most; more are dropped and counted.",
         default=100_000,
-        read=int,
-        validator=_number(1, integer=True),
+        read=_whole_number,
+        validator=_count(1),
     )
     max_queue_bytes: int = _setting(
         "EVALVAULT_MAX_QUEUE_BYTES",
         "Bytes of JSON that wait in memory at most.",
         default=64 * _MEBIBYTE,
-        read=int,
-        validator=_number(1024, integer=True),
+        read=_whole_number,
+        validator=_count(1024),
     )
     connect_timeout_s: float = _setting(
         "EVALVAULT_CONNECT_TIMEOUT_S",
         "Seconds to wait for a connection.",
         default=3.0,
-        read=float,
-        validator=_number(0.01),
+        read=_number,
+        validator=_seconds(0.01),
     )
     read_timeout_s: float = _setting(
         "EVALVAULT_READ_TIMEOUT_S",
         "Seconds to wait for an answer.",
         default=10.0,
-        read=float,
-        validator=_number(0.01),
+        read=_number,
+        validator=_seconds(0.01),
     )
     retry_initial_s: float = _setting(
         "EVALVAULT_RETRY_INITIAL_S",
         "Ceiling in seconds of the first wait after a failure; doubled each time, drawn at random below it.",
         default=0.5,
-        read=float,
-        validator=_number(0.001),
+        read=_number,
+        validator=_seconds(0.001),
     )
     retry_max_s: float = _setting(
         "EVALVAULT_RETRY_MAX_S",
         "Ceiling in seconds of every later wait. A server's `Retry-After` may ask for more, up to 10 minutes.",
         default=30.0,
-        read=float,
-        validator=_number(0.001),
+        read=_number,
+        validator=_seconds(0.001),
     )
     shutdown_timeout_s: float = _setting(
         "EVALVAULT_SHUTDOWN_TIMEOUT_S",
         "Seconds that `shutdown()` and the end of the process may take.",
         default=2.0,
-        read=float,
-        validator=_number(0),
+        read=_number,
+        validator=_seconds(0),
     )
 
     @classmethod
@@ -246,7 +309,8 @@ class Settings:
         """
         Return the settings in force: `given`, then `environ` (`os.environ` by default), then defaults.
 
-        An argument that is None counts as not given. Raises `ConfigurationError`.
+        An argument that is None counts as not given. What is disabled in either place is disabled. Raises
+        `ConfigurationError`.
         """
         environ = os.environ if environ is None else environ
         fields = {field.name: field for field in attrs.fields(cls)}
@@ -256,6 +320,7 @@ class Settings:
                 hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(fields)}"
                 raise ConfigurationError(f"there is no setting {name!r}{hint}")
         values = {name: value for name, value in given.items() if value is not None}
+        from_environ: dict[str, str] = {}
         for name, field in fields.items():
             variable = field.metadata["env"]
             # A disabling variable is a switch for operators: it wins over what the code says.
@@ -264,10 +329,38 @@ class Settings:
             try:
                 value = field.metadata["read"](environ[variable])
             except ValueError as error:
-                raise ConfigurationError(f"the variable {variable}: {error}") from None
+                raise ConfigurationError(f"the variable {variable} {error}") from None
             values[name] = value if name != "enabled" else value and values.get("enabled", True)
-        values.setdefault("run_id", None)  # so that its validator says what to do, rather than a TypeError
+            from_environ[name] = variable
+        # Its validator says what to do; a program that is switched off need not have one.
+        values.setdefault("run_id", None if values.get("enabled", True) else "disabled")
         try:
             return cls(**values)
-        except TypeError as error:
-            raise ConfigurationError(str(error)) from None
+        except ConfigurationError as error:
+            variable = from_environ.get(str(error).partition(" ")[0])
+            if variable is None:
+                raise
+            raise ConfigurationError(f"{error} (from the variable {variable})") from None
+
+
+class SettingArguments(TypedDict, total=False):
+    """The settings as keyword arguments, so that type checkers know them; a test holds them against `Settings`."""
+
+    token: str | None
+    enabled: bool | None
+    verify: bool | str | os.PathLike[str] | None
+    cert: str | tuple[str, str] | None
+    proxies: Mapping[str, str] | None
+    headers: Mapping[str, str] | None
+    compression: Literal["gzip", "none"] | None
+    flush_interval_s: float | None
+    batch_events: int | None
+    max_batch_events: int | None
+    max_batch_bytes: int | None
+    max_queue_events: int | None
+    max_queue_bytes: int | None
+    connect_timeout_s: float | None
+    read_timeout_s: float | None
+    retry_initial_s: float | None
+    retry_max_s: float | None
+    shutdown_timeout_s: float | None

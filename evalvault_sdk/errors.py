@@ -57,3 +57,14 @@ class StoreError(EvalVaultError):
 
 class StoreRefusedError(StoreError):
     """The server's database refused these events, and would refuse them again."""
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """Return `{"type", "message"}` of an exception, as a failed stage has it in `attributes.error`."""
+    kind = type(error)
+    plain = kind.__module__ in ("builtins", "__main__")
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - a user's __str__
+        message = f"<{kind.__qualname__} whose message cannot be shown>"
+    return {"type": kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}", "message": message}

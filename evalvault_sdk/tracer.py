@@ -15,18 +15,25 @@ import weakref
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from evalvault_sdk.capture.context import open_stage
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import NOWHERE, StageContext, as_object, parent_and_trace
-from evalvault_sdk.config import Settings
-from evalvault_sdk.delivery.account import Stats
+from evalvault_sdk.capture.stage import NOWHERE, StageContext, as_object, as_reference, parent_and_trace
+from evalvault_sdk.config import SettingArguments, Settings
+from evalvault_sdk.delivery.account import FlushReport, Stats
 from evalvault_sdk.delivery.transport.base import Transport
 from evalvault_sdk.delivery.transport.http import HttpTransport
 from evalvault_sdk.delivery.worker import Worker
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in every type checker; not needed to run
+
+#: A stage that took longer (30 years) gets no derived start: it would lie before the calendar's.
+_LONGEST_MS = 1e12
 
 
 class StageTracer:
@@ -48,14 +55,15 @@ class StageTracer:
         api_url: str | None = None,
         *,
         transport: Transport | None = None,
-        **settings: Any,
+        **settings: Unpack[SettingArguments],
     ) -> None:
         self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
         self._worker = Worker(transport or HttpTransport(self.settings), self.settings)
         sink = self._worker.queue if self.settings.enabled else NOWHERE.sink
         self._recorder = Recorder(self.settings.run_id, sink)
-        # A tracer that is dropped without shutdown lets its thread deliver what it has, and end.
-        self._finalizer = weakref.finalize(self, Worker.close, self._worker)
+        # When nobody can record any more (tracer, open stages and decorated functions all refer to the
+        # recorder), the thread delivers what it has, and ends.
+        self._finalizer = weakref.finalize(self._recorder, Worker.close, self._worker)
         self._finalizer.atexit = False  # the worker has its own way to end with the process
 
     @property
@@ -73,13 +81,14 @@ class StageTracer:
         attempt: int = 1,
         attributes: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
-        input_ref: StagePayloadRef | None = None,
-        output_ref: StagePayloadRef | None = None,
+        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
     ) -> StageContext:
         """
         Measure a stage: use the result as `with`, `async with`, or as a decorator.
 
-        The stage open around it becomes its parent, unless `parent_stage_id` is given. An exception is
+        The stage open around it becomes its parent, unless `parent_stage_id` is given; a parent that is
+        neither open here nor the root of its trace wants its `trace_id` given too. An exception is
         recorded as `status="error"` with its type and message, and passes through unchanged.
         """
         return StageContext(
@@ -111,8 +120,8 @@ class StageTracer:
         parent_stage_id: str | None = None,
         trace_id: str | None = None,
         span_id: str | None = None,
-        input_ref: StagePayloadRef | None = None,
-        output_ref: StagePayloadRef | None = None,
+        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
     ) -> str:
         """
         Record a stage that was measured elsewhere, or that takes no time; return its id for its children.
@@ -125,10 +134,12 @@ class StageTracer:
         if stage_id is None:
             stage_id = made_id
         try:
-            parent_id, trace = parent_and_trace(self._recorder.run_id, made_id, parent_stage_id, trace_id)
+            parent_id, trace = parent_and_trace(
+                open_stage.get(), self._recorder.run_id, made_id, parent_stage_id, trace_id
+            )
             if started_at is None and finished_at is None:
                 finished_at = iso_time(now_ns)
-                if isinstance(duration_ms, (int, float)) and 0 <= duration_ms < 1e15:
+                if isinstance(duration_ms, (int, float)) and 0 <= duration_ms < _LONGEST_MS:
                     started_at = iso_time(now_ns - round(duration_ms * 1_000_000))
             fields = {
                 "run_id": self._recorder.run_id,
@@ -141,8 +152,8 @@ class StageTracer:
                 "started_at": started_at,
                 "finished_at": finished_at,
                 "duration_ms": duration_ms,
-                "input_ref": input_ref.to_dict() if input_ref else None,
-                "output_ref": output_ref.to_dict() if output_ref else None,
+                "input_ref": as_reference(input_ref) if input_ref is not None else None,
+                "output_ref": as_reference(output_ref) if output_ref is not None else None,
                 "attributes": as_object(attributes),
                 "metadata": as_object(metadata),
                 "trace_id": trace,
@@ -157,11 +168,13 @@ class StageTracer:
         """
         Record ready-made events: `StageEvent`s, or JSON objects of the contract.
 
-        An object without `run_id` gets this tracer's. Returns the id of each, in order; None stands for one
+        An object without a `run_id` gets this tracer's. Returns the id of each, in order; None stands for one
         that breaks EvalVault's rules, which is counted as dropped (`invalid`) and logged.
         """
         ids: list[str | None] = []
         try:
+            if isinstance(events, (StageEvent, Mapping)):
+                events = [events]  # one event, meant as a batch of one
             for event in events:
                 ids.append(self._record_ready_made(event))
         except Exception as error:  # noqa: BLE001 - an iterable of the user's own
@@ -171,22 +184,24 @@ class StageTracer:
     def _record_ready_made(self, event: StageEvent | Mapping[str, Any]) -> str | None:
         try:
             if not isinstance(event, StageEvent):
-                event = StageEvent.from_dict({"run_id": self._recorder.run_id, **event})
+                run_id = event.get("run_id")
+                event = StageEvent.from_dict({**event, "run_id": self._recorder.run_id if run_id is None else run_id})
             self._recorder.record(event.to_dict())
         except Exception as error:  # noqa: BLE001 - invalid, or no event at all
             self._recorder.fault("checking a ready-made event", error, reason="invalid")
             return None
         return event.stage_id
 
-    def flush(self, timeout: float = 10.0) -> Stats:
+    def flush(self, timeout: float = 10.0) -> FlushReport:
         """
         Deliver what was recorded before this call; wait at most `timeout` seconds.
 
-        The result says what became of all events so far. Everything has arrived when `complete` is true.
+        `in_time` of the result says whether all of it met its fate; the rest of it is the account of all
+        events so far. Everything ever recorded has arrived when `complete` is true.
         """
         return self._worker.flush(timeout)
 
-    def shutdown(self, timeout: float | None = None) -> Stats:
+    def shutdown(self, timeout: float | None = None) -> FlushReport:
         """
         Deliver what was recorded and end; give up after `timeout` seconds (`shutdown_timeout_s` if None).
 

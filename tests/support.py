@@ -102,7 +102,7 @@ class MemoryTransport:
         self.closed = 0
         self.lock = threading.Lock()
 
-    def send(self, batch: Batch) -> Outcome:
+    def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         with self.lock:
             self.batches.append(batch)
             outcome = self.outcomes.pop(0) if self.outcomes else Delivered()

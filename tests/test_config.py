@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from evalvault_sdk import ConfigurationError, Settings, StageTracer
+from evalvault_sdk.config import SettingArguments
 
 
 def test_an_argument_wins_over_its_variable_and_the_variable_over_the_default() -> None:
@@ -23,9 +26,20 @@ def test_an_argument_wins_over_its_variable_and_the_variable_over_the_default() 
         ({"api_url": "ftp://x"}, "api_url"),
         ({"api_url": "http://user:secret@host"}, "token="),
         ({"token": "two\nlines"}, "one line"),
+        ({"api_url": "http://h/?a=1"}, "without ? or #"),
+        ({"api_url": "http://foo bar"}, "api_url"),
+        ({"headers": {"X": 1}}, "headers must be a dict"),
+        ({"headers": {"X": "한글"}}, "plain ASCII"),
+        ({"headers": "abc"}, "headers must be a dict"),
+        ({"proxies": "http://p"}, "proxies must be a dict"),
+        ({"cert": 5}, "cert must be the path"),
+        ({"verify": ""}, "verify must be True, False, or the path"),
+        ({"enabled": 1}, "enabled must be True or False"),
         ({"batch_events": 0}, "batch_events must be a whole number of at least 1"),
         ({"batch_events": 1.5}, "batch_events must be a whole number"),
-        ({"flush_interval_s": float("inf")}, "flush_interval_s must be a number"),
+        ({"flush_interval_s": float("inf")}, "flush_interval_s must be a number of seconds"),
+        ({"flush_interval_s": float("nan")}, "flush_interval_s must be a number of seconds"),
+        ({"retry_max_s": 1e12}, "from 0.001 to 86400"),
         ({"compression": "zip"}, "gzip, none"),
         ({"batch_evnts": 5}, "did you mean 'batch_events'"),
         ({"enabled": "yes"}, "enabled"),
@@ -39,11 +53,33 @@ def test_a_wrong_setting_raises_at_construction_and_says_which(given: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("EVALVAULT_BATCH_EVENTS", "many"), ("EVALVAULT_SDK_DISABLED", "perhaps")]
+    ("variable", "value", "words"),
+    [
+        ("EVALVAULT_BATCH_EVENTS", "many", "must be a whole number"),
+        ("EVALVAULT_BATCH_EVENTS", "0", "must be a whole number of at least 1"),
+        ("EVALVAULT_FLUSH_INTERVAL_S", "soon", "must be a number"),
+        ("EVALVAULT_SDK_DISABLED", "perhaps", "1 or 0"),
+        ("EVALVAULT_API_URL", "localhost", "http://"),
+    ],
 )
-def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
-    with pytest.raises(ConfigurationError, match=variable):
+def test_a_wrong_variable_is_named(variable: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
         Settings.resolve({variable: value}, run_id="r")
+    assert variable in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_path_may_be_a_path() -> None:
+    assert Settings.resolve({}, run_id="r", verify=Path("/etc/ca.pem")).verify == "/etc/ca.pem"
+
+
+def test_what_is_switched_off_needs_no_run() -> None:
+    assert Settings.resolve({"EVALVAULT_SDK_DISABLED": "1"}).enabled is False
+
+
+def test_type_checkers_know_every_setting() -> None:
+    named = {field.name for field in attrs.fields(Settings)} - {"run_id", "api_url"}
+    assert set(SettingArguments.__annotations__) == named
 
 
 def test_secrets_are_not_shown() -> None:

@@ -5,8 +5,10 @@ In:   the fields of an event, in which attributes and metadata may hold whatever
 Out:  UTF-8 JSON that EvalVault's rules accept: no NaN, no lone surrogate, no integer beyond 64 bits.
 Caller's thread. Never raises (but for KeyboardInterrupt and its like), never changes what it is given.
 
-Two ways: orjson at once, for nearly everything; and where orjson refuses some part, a walk in Python that
-replaces just that part and tries the rest again.
+Two ways: orjson at once, for what it encodes without running any Python; else a walk that copies every
+container before it looks inside, and replaces what JSON has no form for. orjson must never run Python (a
+`default=` hook, a time zone written in Python) while it is inside a dict: another thread that adds a key
+meanwhile would crash the interpreter.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from typing import Any
 import attrs
 import orjson
 
-_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NAIVE_UTC
+from evalvault_sdk.errors import describe_error
+
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 
 #: Below so many levels of nesting only the kind of an object is kept.
 _MAX_DEPTH = 32
-#: So many values are looked at in one event; what lies beyond is left out and marked.
+#: So many values are walked in one field of an event; each container says where the rest was left out.
 _MAX_VALUES = 20_000
 #: Characters kept of the `repr` of an object that has no better form.
 _MAX_REPR = 1_000
@@ -51,26 +55,14 @@ def iso_time(time_ns: int) -> str:
 def encode(event: dict[str, Any]) -> bytes:
     """Return `event` as JSON bytes."""
     try:
-        return orjson.dumps(event, default=_substitute, option=_OPTIONS)
-    except Exception:  # noqa: BLE001 - orjson's own errors, and whatever a user's object raises
-        return orjson.dumps(_Walk().plain(event, 0))
-
-
-def describe_error(error: BaseException) -> dict[str, str]:
-    """Return the type and the message of an exception, as they are recorded."""
-    kind = type(error)
-    name = (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - a user's __str__
-        message = f"<{kind.__qualname__} whose message cannot be shown>"
-    return {"type": name, "message": message}
+        return orjson.dumps(event, option=_OPTIONS)
+    except Exception:  # noqa: BLE001 - something that orjson alone has no form for
+        # Field by field: attributes without end must not cost the event its ids.
+        return orjson.dumps({name: _Walk().plain(value, 0) for name, value in event.items()})
 
 
 def _substitute(value: Any) -> Any:
-    """Return something that orjson can encode in place of `value`, which it cannot."""
+    """Return something plainer in place of `value`."""
     try:
         if isinstance(value, (set, frozenset, collections.deque)):
             return list(value)
@@ -107,7 +99,7 @@ def _text(value: str) -> str:
 
 
 class _Walk:
-    """One pass over one event; holds what must be known of the whole of it."""
+    """One pass over one field of an event; holds what must be known of the whole of it."""
 
     def __init__(self) -> None:
         self._values_left = _MAX_VALUES
@@ -116,8 +108,6 @@ class _Walk:
     def plain(self, value: Any, depth: int) -> Any:
         """Return `value` in terms of what orjson encodes without fail."""
         self._values_left -= 1
-        if self._values_left < 0:
-            return "<left out: too many values in one event>"
         if value is None or value is True or value is False:
             return value
         if isinstance(value, enum.Enum):
@@ -128,8 +118,10 @@ class _Walk:
             return int(value) if -(2**63) <= value < 2**64 else str(value)
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else None
-        if isinstance(value, (dt.datetime, dt.date, dt.time, uuid.UUID)):
-            return str(value) if isinstance(value, uuid.UUID) else value.isoformat()
+        if isinstance(value, dt.datetime) and value.tzinfo is None:
+            value = value.replace(tzinfo=dt.timezone.utc)
+        if isinstance(value, uuid.UUID):
+            return str(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
         if isinstance(value, (dict, list, tuple)):
@@ -146,14 +138,31 @@ class _Walk:
             return f"<{type(value).__qualname__}: contains itself>"
         self._open.add(id(value))
         try:
-            if isinstance(value, dict):
-                # A copy first: another thread may be filling it.
-                return {self._key(key): self.plain(item, depth + 1) for key, item in value.copy().items()}
-            return [self.plain(item, depth + 1) for item in tuple(value)]
+            return self._dict(value, depth) if isinstance(value, dict) else self._list(value, depth)
         except Exception:  # noqa: BLE001 - a container of a user's own making
             return f"<{type(value).__qualname__} that cannot be shown>"
         finally:
             self._open.discard(id(value))
+
+    def _dict(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
+        plain: dict[str, Any] = {}
+        items = value.copy()  # another thread may be filling the dict
+        for key, item in items.items():
+            if self._values_left <= 0:
+                plain["..."] = f"<{len(items) - len(plain)} more left out>"
+                break
+            plain[self._key(key)] = self.plain(item, depth + 1)
+        return plain
+
+    def _list(self, value: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
+        plain: list[Any] = []
+        items = tuple(value)
+        for item in items:
+            if self._values_left <= 0:
+                plain.append(f"<{len(items) - len(plain)} more left out>")
+                break
+            plain.append(self.plain(item, depth + 1))
+        return plain
 
     @staticmethod
     def _key(key: Any) -> str:

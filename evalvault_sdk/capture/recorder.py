@@ -8,18 +8,10 @@ Caller's thread. Never raises: whatever goes wrong here is ours, and the host pr
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from evalvault_sdk.capture.encode import encode
-
-logger = logging.getLogger("evalvault_sdk")
-
-#: A fault of ours is logged at most once in so many seconds; all are counted.
-_LOG_INTERVAL_S = 60.0
-
+from evalvault_sdk.log import Rarely
 
 #: Why an event was recorded and yet could not be put.
 RefusalReason = Literal["invalid", "internal_error"]
@@ -36,15 +28,14 @@ class Sink(Protocol):
 
 
 class Recorder:
-    """One run's way from fields to the sink."""
+    """One run's way from fields to the sink. As long as it is referred to, its worker goes on."""
 
-    __slots__ = ("_clock", "_logged_at", "run_id", "sink")
+    __slots__ = ("__weakref__", "_log", "run_id", "sink")
 
-    def __init__(self, run_id: str, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run_id: str, sink: Sink, log: Rarely | None = None) -> None:
         self.run_id = run_id
         self.sink = sink
-        self._clock = clock
-        self._logged_at = float("-inf")
+        self._log = log or Rarely()
 
     def record(self, fields: dict[str, Any]) -> bool:
         """Encode an event and put it into the sink; say whether it was taken."""
@@ -55,17 +46,15 @@ class Recorder:
             return False
 
     def fault(self, doing: str, error: Exception, reason: RefusalReason = "internal_error") -> None:
-        """Count an event lost to `error`; log the kind of error, never its message, which may quote content."""
+        """Count an event lost to `error`, and say so; of the error only its kind, since its text may quote content."""
         try:
             self.sink.refuse(reason)
-            now = self._clock()
-            if now - self._logged_at >= _LOG_INTERVAL_S:
-                self._logged_at = now
-                logger.warning(
-                    "evalvault: an event was lost while %s (%s); further ones are counted in stats() as %r",
-                    doing,
-                    type(error).__name__,
-                    reason,
-                )
-        except Exception:  # noqa: BLE001,S110 - a logging handler of the host failed; the count stands
+            self._log.warn(
+                reason,
+                "an event was lost while %s (%s); further ones are counted in stats() as %r",
+                doing,
+                type(error).__name__,
+                reason,
+            )
+        except Exception:  # noqa: BLE001,S110 - a sink that fails even at counting
             pass

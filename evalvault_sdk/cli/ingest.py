@@ -61,6 +61,7 @@ class ServerTarget:
             max_s=5.0,
             hurry=Wakeup(),
             should_stop=lambda: time.monotonic() >= self._deadline,
+            ending=lambda: False,
             on_failure=self._failed,
         )
 

@@ -9,6 +9,7 @@ Any thread.
 
 from __future__ import annotations
 
+import collections
 import threading
 from collections.abc import Mapping
 from typing import Literal
@@ -49,7 +50,7 @@ class Stats:
 
     @property
     def complete(self) -> bool:
-        """Whether every event recorded so far was delivered: nothing pending, rejected or dropped."""
+        """Whether every event recorded so far was delivered: none pending, rejected or dropped."""
         return self.delivered == self.recorded
 
     def __str__(self) -> str:
@@ -62,6 +63,14 @@ class Stats:
         return " + ".join(parts)
 
 
+@attrs.frozen(kw_only=True)
+class FlushReport(Stats):
+    """What `flush` and `shutdown` return: the account, and whether they got done in time."""
+
+    #: Whether every event recorded before the call has met its fate: delivered, rejected or dropped.
+    in_time: bool
+
+
 class Account:
     """
     The counts behind `Stats`, and the lock that makes them consistent.
@@ -71,23 +80,31 @@ class Account:
     """
 
     def __init__(self) -> None:
-        # Reentrant: a finalizer that runs while this thread holds the lock may itself record a stage.
+        # Reentrant: a finalizer or a signal handler that runs while this thread holds the lock may itself
+        # record a stage. For its sake, too, recording changes nothing but `waiting`, in one step.
         self.lock = threading.RLock()
         self.settled = threading.Condition(self.lock)
-        #: Events the queue took, and events that were recorded and could not be taken.
-        self.accepted = 0
+        #: Events in memory, oldest first; the queue's.
+        self.waiting: collections.deque[bytes] = collections.deque()
+        #: Events that ever left `waiting`, less those that were put back.
+        self.taken = 0
+        #: Events that were recorded and could not be taken.
         self.refused = 0
         self.delivered = 0
         self.spooled = 0
-        self.queued = 0
         self.in_flight = 0
         self.rejected = 0
         self.dropped: dict[DropReason, int] = {}
 
     @property
     def ended(self) -> int:
-        """Accepted events whose fate in this process is decided; as the queue is in order, the oldest ones."""
-        return self.accepted - self.queued - self.in_flight
+        """Events that were taken and whose fate is decided; as the queue is in order, the oldest ones."""
+        return self.taken - self.in_flight
+
+    @property
+    def open(self) -> int:
+        """Events that are still to be delivered."""
+        return len(self.waiting) + self.in_flight
 
     def drop(self, reason: DropReason, count: int = 1) -> None:
         """Count `count` events as lost. The caller holds the lock and has taken them from where they were."""
@@ -96,12 +113,17 @@ class Account:
     def stats(self) -> Stats:
         """Return a snapshot."""
         with self.lock:
+            queued = len(self.waiting)
             return Stats(
-                recorded=self.accepted + self.refused,
+                recorded=self.refused + self.taken + queued,
                 delivered=self.delivered,
                 spooled=self.spooled,
-                queued=self.queued,
+                queued=queued,
                 in_flight=self.in_flight,
                 rejected=self.rejected,
                 dropped=dict(self.dropped),
             )
+
+    def report(self, *, in_time: bool) -> FlushReport:
+        """Return a snapshot as the result of a flush."""
+        return FlushReport(**attrs.asdict(self.stats(), recurse=False), in_time=in_time)

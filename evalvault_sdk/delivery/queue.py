@@ -11,7 +11,6 @@ context switch.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import threading
 from collections.abc import Callable
@@ -40,27 +39,37 @@ class Wakeup:
             with contextlib.suppress(RuntimeError):  # two threads came at once, and the other has released it
                 self._lock.release()
 
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until `set`, at most `timeout_s` seconds; the flag is down afterwards."""
-        self._lock.acquire(timeout=timeout_s)
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until `set`, at most `timeout_s` seconds; say whether it was set. The flag is down afterwards."""
+        woken = self._lock.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
         self._set = False
+        return woken
 
 
 class EventQueue:
     """Encoded events, oldest first."""
 
     def __init__(
-        self, account: Account, *, max_events: int, max_bytes: int, max_event_bytes: int, wake_at: int
+        self,
+        account: Account,
+        *,
+        max_events: int,
+        max_bytes: int,
+        max_event_bytes: int,
+        wake_at_events: int,
+        wake_at_bytes: int,
     ) -> None:
         self._account = account
         self._lock = account.lock
-        self._events: collections.deque[bytes] = collections.deque()
+        self._events = account.waiting
         self._bytes = 0
         self._max_events = max_events
         self._max_bytes = max_bytes
-        self._max_event_bytes = max_event_bytes
-        self._wake_at = wake_at
-        self._closed_because: DropReason | None = None
+        self._max_event_bytes = min(max_event_bytes, max_bytes)
+        # At half of the bounds at the latest: the worker needs room to come in time.
+        self._wake_at_events = min(wake_at_events, (max_events + 1) // 2)
+        self._wake_at_bytes = min(wake_at_bytes, max_bytes // 2)
+        self._closed = False
         self.wakeup = Wakeup()
         #: Called after a put, in the caller's thread, until it is set to None: it starts the worker.
         self.on_first_put: Callable[[], None] | None = None
@@ -68,31 +77,28 @@ class EventQueue:
     def put(self, event: bytes) -> bool:
         """Take an event, or count it as dropped and return False."""
         size = len(event)
-        account = self._account
         with self._lock:
-            queued = account.queued + 1
+            total = self._bytes + size
             if (
-                self._closed_because is not None
-                or queued > self._max_events
-                or self._bytes + size > self._max_bytes
+                total > self._max_bytes
+                or len(self._events) >= self._max_events
                 or size > self._max_event_bytes
+                or self._closed
             ):
-                account.refused += 1
-                account.drop(self._why_not(size))
+                self.refuse(self._why_not(size))
                 return False
             self._events.append(event)
-            self._bytes += size
-            account.accepted += 1
-            account.queued = queued
-        if queued >= self._wake_at:
+            self._bytes = total
+        if total >= self._wake_at_bytes or len(self._events) >= self._wake_at_events:
             self.wakeup.set()
-        if self.on_first_put is not None:
-            self.on_first_put()
+        start = self.on_first_put
+        if start is not None:
+            start()
         return True
 
     def _why_not(self, size: int) -> DropReason:
-        if self._closed_because is not None:
-            return self._closed_because
+        if self._closed:
+            return "closed"
         return "too_large" if size > self._max_event_bytes else "queue_full"
 
     def refuse(self, reason: DropReason) -> None:
@@ -101,16 +107,14 @@ class EventQueue:
             self._account.refused += 1
             self._account.drop(reason)
 
-    def take(self, limits: BatchLimits) -> Batch | None:
-        """Move the oldest events from queued to in flight and return them; None if there are none."""
+    def take(self, limits: BatchLimits) -> Batch:
+        """Move the oldest events from queued to in flight and return them: none, if there are none."""
         with self._lock:
-            count = limits.count(self._events)
-            if not count:
-                return None
-            batch = Batch(tuple(self._events.popleft() for _ in range(count)))
-            self._bytes -= sum(map(len, batch.events))
-            self._account.queued -= count
-            self._account.in_flight += count
+            batch = limits.take_from(self._events)
+            self._account.taken += len(batch)
+            self._account.in_flight += len(batch)
+            # What an interrupt between two lines of `put` may have left over ends with the last event.
+            self._bytes = self._bytes - sum(map(len, batch.events)) if self._events else 0
             return batch
 
     def put_back(self, batch: Batch) -> None:
@@ -118,13 +122,12 @@ class EventQueue:
         with self._lock:
             self._events.extendleft(reversed(batch.events))
             self._bytes += sum(map(len, batch.events))
-            self._account.queued += len(batch)
+            self._account.taken -= len(batch)
             self._account.in_flight -= len(batch)
 
-    def close(self, reason: DropReason) -> None:
-        """From now on count every put as dropped for `reason`."""
-        with self._lock:
-            self._closed_because = reason
+    def close(self) -> None:
+        """From now on count every put as dropped (`closed`)."""
+        self._closed = True
 
     def drop_all(self, reason: DropReason) -> int:
         """Give up what is waiting, count it as dropped for `reason`, and return how much it was."""
@@ -132,7 +135,7 @@ class EventQueue:
             count = len(self._events)
             self._events.clear()
             self._bytes = 0
-            self._account.queued = 0
+            self._account.taken += count
             if count:
                 self._account.drop(reason, count)
                 self._account.settled.notify_all()

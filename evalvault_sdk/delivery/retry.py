@@ -4,11 +4,12 @@ Decide whether a batch is sent again, and after how long.
 In:   a way to send, and its outcomes.
 Out:  the outcome that ended it.
 Worker's thread. Exponential backoff with full jitter, a server's `Retry-After` as the floor, and a sleep
-that shutdown and flush wake.
+that a flush shortens to that floor and the end of the program ends.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,9 @@ class Retry:
     """
     Send until the outcome is final, or until told to stop.
 
-    `hurry` ends the current wait: the next try comes at once (a flush was asked for, or the process ends).
-    `should_stop` is asked after every failure; when it says yes, the failure is the outcome.
+    `hurry` ends our own part of the current wait: somebody waits for a flush, or the process ends. What the
+    server asked for is waited out, unless `ending` says that there is no later. `should_stop` is asked after
+    every failure; when it says yes, the failure is the outcome.
     """
 
     def __init__(
@@ -34,14 +36,19 @@ class Retry:
         max_s: float,
         hurry: Wakeup,
         should_stop: Callable[[], bool],
-        on_failure: Callable[[RetryLater], None] = lambda outcome: None,
-        sleep: Callable[[float], None] | None = None,
+        ending: Callable[[], bool],
+        on_failure: Callable[[RetryLater], None],
+        wait: Callable[[float], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._initial_s = initial_s
         self._max_s = max_s
         self._should_stop = should_stop
+        self._ending = ending
         self._on_failure = on_failure
-        self._sleep = sleep or hurry.wait
+        self._wait = wait or hurry.wait
+        self._clock = clock
+        self._asked_s = 0.0
 
     def run(self, send: Callable[[], Outcome]) -> Outcome:
         """Call `send` until its outcome is no `RetryLater`, waiting in between."""
@@ -52,14 +59,13 @@ class Retry:
         def failed(outcome: Outcome) -> bool:
             if isinstance(outcome, RetryLater):
                 self._on_failure(outcome)
+                self._asked_s = outcome.wait_s or 0.0
                 return True
             return False
 
         def wait(state: tenacity.RetryCallState) -> float:
-            outcome = _result(state)
-            asked = outcome.wait_s if isinstance(outcome, RetryLater) else None
-            # What the server asks for is a floor: jitter on top keeps a fleet from coming back as one.
-            return jitter(state) if asked is None else asked + jitter(state) / 10
+            # Jitter on top of what the server asks for keeps a fleet from coming back as one.
+            return self._asked_s + jitter(state) / 10 if self._asked_s else jitter(state)
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_result(failed),
@@ -70,6 +76,12 @@ class Retry:
         )
         outcome: Outcome = retrying(send)
         return outcome
+
+    def _sleep(self, seconds: float) -> None:
+        asked_until = self._clock() + self._asked_s
+        woken = self._wait(seconds)
+        while woken and not self._ending() and (left_s := asked_until - self._clock()) > 0:
+            woken = self._wait(left_s)
 
 
 def _result(state: tenacity.RetryCallState) -> Outcome:

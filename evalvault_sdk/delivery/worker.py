@@ -4,14 +4,16 @@ Take events from the queue, deliver them, and settle the account.
 In:   events in the queue; the wish to flush or to end, from the program's threads.
 Out:  every event delivered, rejected, or counted as dropped.
 
-One daemon thread per worker, started by the first event. Only it touches the transport. What it has taken
-from the queue stays on the account as in flight until its outcome is known.
+One daemon thread per worker, started by the first event. Only whoever runs `_run` touches the transport:
+that thread, or at the very end of the interpreter, when no thread can be started any more, the one that
+shuts down. What was taken from the queue stays on the account as in flight until its outcome is known.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
+import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -19,18 +21,17 @@ from collections.abc import Callable
 import attrs
 
 from evalvault_sdk.config import Settings
-from evalvault_sdk.delivery.account import Account, Stats
-from evalvault_sdk.delivery.batch import Batch, BatchLimits
+from evalvault_sdk.delivery.account import Account, FlushReport
+from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.queue import EventQueue, Wakeup
 from evalvault_sdk.delivery.retry import Retry
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, RetryLater, TooLarge, Transport
+from evalvault_sdk.log import Rarely, warn
 
-logger = logging.getLogger("evalvault_sdk")
-
-#: Rejections are logged at most once in so many seconds; all are counted.
-_LOG_INTERVAL_S = 60.0
 #: After a fault of our own, so many seconds pass before the next try.
 _FAULT_PAUSE_S = 1.0
+#: A batch that is refused as a whole is halved at most so often in the search for the events at fault.
+_MAX_HALVINGS = 64
 
 
 class Worker:
@@ -44,8 +45,9 @@ class Worker:
             self.account,
             max_events=settings.max_queue_events,
             max_bytes=settings.max_queue_bytes,
-            max_event_bytes=settings.max_batch_bytes,
-            wake_at=settings.batch_events,
+            max_event_bytes=settings.max_batch_bytes - ENVELOPE_BYTES,
+            wake_at_events=settings.batch_events,
+            wake_at_bytes=settings.max_batch_bytes,
         )
         self.queue.on_first_put = self._start
         self._transport = transport
@@ -58,47 +60,54 @@ class Worker:
             initial_s=settings.retry_initial_s,
             max_s=settings.retry_max_s,
             hurry=self._hurry,
-            should_stop=lambda: self._abandoned or (self._closing and self._clock() >= self._deadline),
+            should_stop=self._out_of_time,
+            ending=lambda: self._closing,
             on_failure=self._failed,
         )
         self._starting = threading.Lock()
+        self._running = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._deadline = float("inf")
         self._abandoned = False
         self._outage_since: float | None = None
-        self._rejection_logged_at = float("-inf")
-        _live.add(self)
+        self._log = Rarely(clock)
+        self._told_dropped: dict[str, int] = {}
 
     # -- in the program's threads ---------------------------------------------------------------
 
-    def flush(self, timeout_s: float) -> Stats:
+    def flush(self, timeout_s: float) -> FlushReport:
         """Deliver what was recorded before this call, waiting at most `timeout_s` seconds."""
         account = self.account
-        with account.lock:
-            goal = account.ended + account.queued + account.in_flight
-            if account.ended < goal:
+        goal = account.ended + account.open
+        if account.ended < goal:
+            if self._thread is None:
+                self._start()
+            if self._thread is None:
+                self._run_here(timeout_s)
+            else:
                 self._speed_up()
-                account.settled.wait_for(lambda: account.ended >= goal, timeout_s)
-            return account.stats()
+                self._wait_until(lambda: account.ended >= goal, timeout_s)
+        return account.report(in_time=account.ended >= goal)
 
-    def shutdown(self, timeout_s: float) -> Stats:
+    def shutdown(self, timeout_s: float) -> FlushReport:
         """Take no more events, deliver those taken, and end the thread; give up after `timeout_s` seconds."""
         self.close(timeout_s)
-        thread = self._thread
-        if thread is None:
-            # No event was recorded, or it was too late to start a thread: the interpreter is ending.
-            self._run()
-        elif thread is not threading.current_thread():
-            thread.join(max(0.0, self._deadline - self._clock()))
-        self._abandon()
+        if self._thread is None:
+            self._run_here(timeout_s)
+        if self._thread is not threading.current_thread():
+            self._wait_until(lambda: not self.account.open, self._deadline - self._clock())
+        in_time = self._abandon()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            with contextlib.suppress(RuntimeError):  # not started yet: a signal handler ends what began just now
+                self._thread.join(max(0.0, min(self._deadline - self._clock(), threading.TIMEOUT_MAX)))
         _live.discard(self)
-        return self.account.stats()
+        return self.account.report(in_time=in_time)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Take no more events, and let the thread end by itself when those taken are delivered."""
         if not self._closing:
-            self.queue.close("closed")
+            self.queue.close()
             self._deadline = self._clock() + (self._shutdown_timeout_s if timeout_s is None else timeout_s)
             self._closing = True
         self._speed_up()
@@ -107,75 +116,113 @@ class Worker:
         self.queue.wakeup.set()
         self._hurry.set()
 
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float) -> None:
+        with self.account.lock:
+            self.account.settled.wait_for(done, max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+
     def _start(self) -> None:
-        with self._starting:
-            if self._thread is None:
+        # Never waits: whoever holds the lock, perhaps this very thread below a signal handler, starts it.
+        if not self._starting.acquire(blocking=False):
+            return
+        try:
+            if self._thread is None and not self._closing:
                 thread = threading.Thread(target=self._run, name="evalvault-delivery", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:
-                    return  # the interpreter is ending: shutdown() delivers in its own thread
+                    return  # the interpreter is ending: flush and shutdown deliver in their own thread
+                finally:
+                    _live.add(self)
                 self._thread = thread
             self.queue.on_first_put = None
+        finally:
+            self._starting.release()
 
-    def _abandon(self) -> None:
-        """Give up what is left; what its request comes to after this is not waited for, nor counted."""
-        with self.account.lock:
+    def _run_here(self, timeout_s: float) -> None:
+        """Deliver in the caller's thread, within `timeout_s`: no other can be started any more."""
+        self._deadline = min(self._deadline, self._clock() + timeout_s)
+        if self._running.acquire(blocking=False):
+            try:
+                self._deliver_waiting()
+            finally:
+                self._running.release()
+
+    def _abandon(self) -> bool:
+        """
+        Give up what is left; say whether there was nothing.
+
+        What a request that is still under way comes to after this is not waited for, nor counted.
+        """
+        account = self.account
+        with account.lock:
             if self._abandoned:
-                return
+                return True
             self._abandoned = True
-            lost = self.queue.drop_all("shutdown") + self.account.in_flight
-            if self.account.in_flight:
-                self.account.drop("shutdown", self.account.in_flight)
-                self.account.in_flight = 0
-            self.account.settled.notify_all()
-        self._hurry.set()
-        if lost:
-            logger.warning(
-                "evalvault: %d events were not delivered to %s before shutdown and are lost",
-                lost,
-                self._transport.destination,
-            )
+            lost = self.queue.drop_all("shutdown") + account.in_flight
+            if account.in_flight:
+                account.drop("shutdown", account.in_flight)
+                account.in_flight = 0
+            account.settled.notify_all()
+        self._speed_up()
+        self._tell_dropped(at_once=True)
+        return not lost
+
+    def _out_of_time(self) -> bool:
+        return self._abandoned or self._clock() >= self._deadline
 
     # -- in the worker's thread -----------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._abandoned:
-            try:
-                if not self._closing:
-                    self.queue.wakeup.wait(self._flush_interval_s)
-                self._deliver_waiting()
-                if self._closing and not self.account.queued:
-                    break
-            except Exception as fault:  # noqa: BLE001 - a bug of ours must end neither the thread nor the events
-                logger.warning("evalvault: delivery failed by a fault of its own (%s)", type(fault).__name__)
-                self._hurry.wait(_FAULT_PAUSE_S)
-        self._transport.close()
+        if not self._running.acquire(blocking=False):
+            return
+        try:
+            while not self._abandoned:
+                try:
+                    if not self._closing:
+                        self.queue.wakeup.wait(self._flush_interval_s)
+                    self._deliver_waiting()
+                    if self._closing and (not self.account.waiting or self._out_of_time()):
+                        break
+                except Exception as fault:  # noqa: BLE001 - a bug of ours must end neither the thread nor the events
+                    self._log.warn("fault", "delivery failed by a fault of its own (%s)", type(fault).__name__)
+                    self._hurry.wait(_FAULT_PAUSE_S)
+            if self._closing:
+                self._abandon()  # when nobody waits in shutdown: the tracer was dropped
+        finally:
+            with contextlib.suppress(Exception):
+                self._transport.close()
+            _live.discard(self)
+            self._running.release()
 
     def _deliver_waiting(self) -> None:
         """Deliver what waits now; what comes meanwhile waits for a full batch or the next interval."""
-        waiting = self.account.queued
-        while waiting > 0 and not self._abandoned:
+        waiting = len(self.account.waiting)
+        while waiting > 0 and not self._out_of_time():
             batch = self.queue.take(self._limits)
-            if batch is None:
-                return
             waiting -= len(batch)
-            try:
-                self._deliver(batch)
-            except BaseException:
-                self._return(batch)
-                raise
+            if not batch.events:
+                break
+            self._deliver(batch)
+        self._tell_dropped()
 
     def _deliver(self, batch: Batch) -> None:
         """Send a batch until its outcome is final, in halves where it must be; settle every event of it."""
-        pending = [batch]
+        pending, halvings = [batch], 0
         while pending:
             part = pending.pop()
-            outcome = self._retry.run(lambda part=part: self._send(part))  # type: ignore[misc]
-            if isinstance(outcome, (TooLarge, Refused)) and len(part) > 1:
+            try:
+                outcome = self._retry.run(lambda part=part: self._send(part))  # type: ignore[misc]
+            except BaseException:
+                # A fault of ours. Resending what the server has stored is harmless; losing it is not.
+                for unsent in (*pending, part):
+                    self._return(unsent)
+                raise
+            too_large = isinstance(outcome, TooLarge)
+            if too_large:
+                self._learn_limit(part, outcome)
+            if len(part) > 1 and (too_large or (isinstance(outcome, Refused) and halvings < _MAX_HALVINGS)):
                 # Refused as a whole: one event may be the reason, and must not cost its neighbours.
-                if isinstance(outcome, TooLarge):
-                    self._learn_limit(part, outcome)
+                halvings += not too_large
                 pending += reversed(part.halves())
             else:
                 self._settle(part, outcome)
@@ -183,43 +230,43 @@ class Worker:
     def _send(self, batch: Batch) -> Outcome:
         if self._abandoned:
             return RetryLater("shut down")
-        return self._transport.send(batch)
+        left_s = self._deadline - self._clock() if self._deadline != float("inf") else None
+        try:
+            return self._transport.send(batch, timeout_s=left_s)
+        except Exception as fault:  # noqa: BLE001 - whatever a transport meets, the events are not to blame
+            return RetryLater(f"a fault in sending, {type(fault).__name__}")
 
-    def _learn_limit(self, batch: Batch, outcome: TooLarge) -> None:
+    def _learn_limit(self, batch: Batch, outcome: Outcome) -> None:
+        assert isinstance(outcome, TooLarge)  # noqa: S101 - for the type checker
         learnt = min(outcome.limit_bytes or self._limits.max_bytes, len(batch.body()) // 2)
         self._limits = attrs.evolve(self._limits, max_bytes=max(learnt, 1024))
 
     def _settle(self, batch: Batch, outcome: Outcome) -> None:
-        """Enter the outcome of a batch into the account."""
+        """Enter the outcome of a batch into the account, then say what there is to say."""
         account = self.account
+        rejected, reason = 0, ""
+        if isinstance(outcome, Delivered):
+            rejected = len(outcome.rejected)
+            reason = outcome.rejected[0].reason if rejected else ""
+        elif isinstance(outcome, (Refused, TooLarge)):
+            rejected = len(batch)
+            reason = outcome.reason if isinstance(outcome, Refused) else "it is too large for the server"
         with account.lock:
             if self._abandoned:
                 return
             account.in_flight -= len(batch)
-            if isinstance(outcome, Delivered):
-                account.delivered += len(batch) - len(outcome.rejected)
-                account.rejected += len(outcome.rejected)
-            elif isinstance(outcome, RetryLater):
-                account.drop("shutdown", len(batch))  # the retry only gives up when time is up
+            if isinstance(outcome, RetryLater):
+                account.drop("shutdown", len(batch))  # the retry gives up only when time is up
             else:
-                account.rejected += len(batch)
+                account.delivered += len(batch) - rejected
+                account.rejected += rejected
             account.settled.notify_all()
-        if isinstance(outcome, RetryLater):
-            logger.warning(
-                "evalvault: %d events were not delivered to %s before shutdown and are lost",
-                len(batch),
-                self._transport.destination,
-            )
-            return
-        self._recovered()
-        if isinstance(outcome, Delivered):
-            if outcome.rejected:
-                self._log_rejected(len(outcome.rejected), outcome.rejected[0].reason)
-        else:
-            self._log_rejected(len(batch), outcome.reason if isinstance(outcome, Refused) else "too large")
+        if not isinstance(outcome, RetryLater):
+            self._recovered()
+        if rejected:
+            self._log.warn("rejected", "the server rejected %d events, the first because: %s", rejected, reason)
 
     def _return(self, batch: Batch) -> None:
-        """Put a batch back whose delivery failed by a fault of ours; resending what was stored is harmless."""
         with self.account.lock:
             if not self._abandoned:
                 self.queue.put_back(batch)
@@ -228,8 +275,8 @@ class Worker:
         """Say once that an outage began."""
         if self._outage_since is None and not self._abandoned:
             self._outage_since = self._clock()
-            logger.warning(
-                "evalvault: cannot deliver to %s (%s); events are kept in memory and sent again%s",
+            warn(
+                "cannot deliver to %s (%s); events are kept in memory and sent again%s",
                 self._transport.destination,
                 outcome.reason,
                 f"; {outcome.advice}" if outcome.advice else "",
@@ -239,13 +286,17 @@ class Worker:
         """Say once that an outage is over."""
         if self._outage_since is not None:
             lasted_s, self._outage_since = self._clock() - self._outage_since, None
-            logger.warning("evalvault: delivering to %s again after %.1f s", self._transport.destination, lasted_s)
+            warn("delivering to %s again after %.1f s", self._transport.destination, lasted_s)
 
-    def _log_rejected(self, count: int, reason: str) -> None:
-        now = self._clock()
-        if now - self._rejection_logged_at >= _LOG_INTERVAL_S:
-            self._rejection_logged_at = now
-            logger.warning("evalvault: the server rejected %d events, the first because: %s", count, reason)
+    def _tell_dropped(self, *, at_once: bool = False) -> None:
+        """Say that events were lost, by reason, at most once a minute; at the end, what was not said yet."""
+        for reason, count in self.account.stats().dropped.items():
+            told = self._told_dropped.get(reason, 0)
+            if count == told or reason in ("invalid", "internal_error"):  # the recorder says these, with their cause
+                continue
+            self._told_dropped[reason] = count
+            say = warn if at_once else functools.partial(self._log.warn, reason)
+            say("%d events for %s were lost (%s)", count - told, self._transport.destination, reason)
 
 
 #: Workers that still have to be ended when the process ends.
@@ -258,7 +309,8 @@ def _end_all() -> None:
     for worker in workers:
         worker.close()
     for worker in workers:
-        worker.shutdown(0.0)
+        with contextlib.suppress(Exception):
+            worker.shutdown(0.0)
 
 
 atexit.register(_end_all)

@@ -6,6 +6,10 @@ import datetime as dt
 import decimal
 import enum
 import pathlib
+import re
+import subprocess
+import sys
+import textwrap
 import threading
 import uuid
 from typing import Any
@@ -17,8 +21,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalvault_sdk.capture.encode import describe_error, encode, iso_time
+from evalvault_sdk.capture.encode import encode, iso_time
+from evalvault_sdk.errors import describe_error
 from evalvault_sdk.events import StageEvent
+from tests.support import clean_environment
 
 
 class Colour(enum.Enum):
@@ -131,8 +137,14 @@ def test_depth_is_bounded() -> None:
 
 
 def test_the_number_of_values_looked_at_is_bounded() -> None:
-    wide = encode({"value": [10**30] * 100_000})
-    assert b"too many values" in wide
+    wide = orjson.loads(encode({"value": [10**30] * 100_000, "metadata": {1: "m"}, "trace_id": "t"}))
+    assert len(wide["value"]) < 21_000
+    left_out = re.fullmatch(r"<(\d+) more left out>", wide["value"].pop())
+    assert left_out is not None
+    assert len(wide["value"]) + int(left_out[1]) == 100_000
+    assert (wide["trace_id"], wide["metadata"]) == ("t", {"1": "m"}), "other fields do not pay for it"
+    many_keys = orjson.loads(encode({"value": {number: number for number in range(50_000)}}))["value"]
+    assert many_keys["..."] == f"<{50_000 - len(many_keys) + 1} more left out>"
 
 
 def test_a_hostile_container_is_named_not_fatal() -> None:
@@ -209,3 +221,39 @@ json_like = st.recursive(
 def test_whatever_is_recorded_arrives_as_json_that_the_rules_accept(value: Any) -> None:
     event = orjson.loads(encode({"run_id": "r", "stage_type": "x", "attributes": {"value": value}}))
     assert "value" in StageEvent.from_dict(event).attributes
+
+
+def test_another_thread_that_fills_a_dict_does_not_crash_the_interpreter() -> None:
+    # In a process of its own: what it guards against is a segmentation fault.
+    script = textwrap.dedent(
+        """
+        import datetime, sys, threading, time
+        from evalvault_sdk.capture.encode import encode
+
+        class PythonZone(datetime.tzinfo):
+            def utcoffset(self, when):
+                return datetime.timedelta(0)
+
+        sys.setswitchinterval(1e-6)
+        shared, stop = {}, False
+
+        def fill():
+            number = 0
+            while not stop:
+                number += 1
+                shared[f"token {number % 5000}"] = {number}
+                shared[f"time {number % 50}"] = datetime.datetime(2026, 1, 7, tzinfo=PythonZone())
+                if number % 5000 == 0:
+                    shared.clear()
+
+        filler = threading.Thread(target=fill)
+        filler.start()
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            encode({"attributes": shared})
+        stop = True
+        filler.join()
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=clean_environment(), capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()

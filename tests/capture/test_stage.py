@@ -4,14 +4,18 @@ import asyncio
 import contextvars
 import inspect
 import threading
+import time
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evalvault_sdk import StageEvent, StagePayloadRef, current_stage
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.log import Rarely
 from tests.support import ListSink
 
 
@@ -263,7 +267,7 @@ def test_a_failing_sink_is_not_felt(caplog: pytest.LogCaptureFixture) -> None:
 
     sink = Broken()
     now = [0.0]
-    recorder = Recorder("run", sink, clock=lambda: now[0])
+    recorder = Recorder("run", sink, Rarely(clock=lambda: now[0]))
     for _ in range(5):
         with StageContext(recorder, "a"):
             pass
@@ -299,3 +303,144 @@ def test_a_step_of_the_wall_clock_makes_no_negative_duration(
     event = StageEvent.from_dict(sink.events[0])
     assert event.duration_ms is not None
     assert 0 <= event.duration_ms < 1000
+
+
+def test_one_object_used_by_two_threads_keeps_their_stages_apart(recorder: Recorder, sink: ListSink) -> None:
+    shared = StageContext(recorder, "shared")
+    inside, leave = threading.Barrier(2), threading.Event()
+    after: list[str | None] = []
+
+    def work(number: int) -> None:
+        with shared as stage:
+            stage.set(number=number)
+            inside.wait(10)
+            if number == 0:
+                leave.wait(10)
+            time.sleep(0.02)
+        leave.set()
+        with StageContext(recorder, "after") as next_one:
+            after.append(next_one.parent_stage_id)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    durations = {
+        event["attributes"]["number"]: event["duration_ms"] for event in sink.events if event["stage_type"] == "shared"
+    }
+    assert durations[0] > durations[1] >= 20
+    assert after == [None, None]
+
+
+def test_stages_left_out_of_order_leave_no_ended_parent_behind(recorder: Recorder) -> None:
+    with StageContext(recorder, "root") as root:
+        first, second = StageContext(recorder, "first"), StageContext(recorder, "second")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert current_stage() is second
+        second.__exit__(None, None, None)
+        assert current_stage() is root
+    with StageContext(recorder, "next") as next_one:
+        assert next_one.parent_stage_id is None
+
+
+def test_leaving_twice_records_once(recorder: Recorder, sink: ListSink) -> None:
+    stage = StageContext(recorder, "a")
+    stage.__enter__()
+    stage.__exit__(None, None, None)
+    stage.__exit__(None, None, None)
+    assert len(sink.events) == 1
+
+
+class HostileMapping(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        raise RuntimeError("no")
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("no")
+
+    def __len__(self) -> int:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("given", [5, [1, 2], "abc", np.array([1, 2]), HostileMapping()])
+def test_odd_attributes_given_or_assigned_are_not_felt(recorder: Recorder, sink: ListSink, given: Any) -> None:
+    with StageContext(recorder, "a", attributes=given, metadata=given):
+        pass
+    with StageContext(recorder, "b") as stage:
+        stage.attributes = given
+        stage.set(more=1)
+        stage.metadata = given
+    StageContext(recorder, "c", attributes=given)(lambda: None)()
+    assert [event["stage_type"] for event in sink.events] == ["a", "b", "c"]
+    assert sink.events[1]["attributes"]["more"] == 1
+
+
+def test_set_and_fail_work_after_attributes_were_taken_away(recorder: Recorder, sink: ListSink) -> None:
+    with StageContext(recorder, "a") as stage:
+        stage.attributes = None  # type: ignore[assignment]
+        stage.set(x=1)
+        stage.fail("no")
+    assert sink.events[0]["attributes"] == {"x": 1, "error": {"type": "Error", "message": "no"}}
+
+
+def test_a_reference_may_be_a_dict(recorder: Recorder, sink: ListSink) -> None:
+    with StageContext(recorder, "a", input_ref={"store": "s3", "id": "1"}):
+        pass
+    assert sink.events[0]["input_ref"] == {"store": "s3", "id": "1"}
+
+
+def test_calls_do_not_see_each_others_changes(recorder: Recorder, sink: ListSink) -> None:
+    @StageContext(recorder, "a", attributes={"tags": []})
+    def work(tag: str) -> None:
+        stage = current_stage()
+        stage.attributes["tags"].append(tag)
+        stage.stage_name = tag
+        stage.output_ref = StagePayloadRef("s3", tag)
+
+    work("x")
+    work("y")
+    assert [event["attributes"]["tags"] for event in sink.events] == [["x"], ["y"]]
+
+    again = StageContext(recorder, "b")
+    with again:
+        again.output_ref, again.attempt, again.status = StagePayloadRef("s3", "k"), 3, "odd"
+    with again:
+        pass
+    assert {"output_ref", "attempt"} & set(sink.events[-1]) == set()
+    assert sink.events[-1]["status"] == "success"
+
+
+def test_methods_and_callable_objects_are_measured(recorder: Recorder, sink: ListSink) -> None:
+    class Tools:
+        @StageContext(recorder, "method")
+        def method(self, number: int) -> int:
+            return number + 1
+
+        @classmethod
+        @StageContext(recorder, "class method")
+        def of_class(cls, number: int) -> int:
+            return number + 2
+
+        @staticmethod
+        @StageContext(recorder, "static method")
+        def of_nothing(number: int) -> int:
+            return number + 3
+
+    class Sleepy:
+        async def __call__(self) -> int:
+            await asyncio.sleep(0.01)
+            return 7
+
+    class Prompt:
+        def __call__(self) -> int:
+            return 8
+
+    bound = StageContext(recorder, "bound method")(Tools().method)
+    assert (Tools().method(1), Tools.of_class(1), Tools.of_nothing(1), bound(1)) == (2, 3, 4, 2)
+    assert asyncio.run(StageContext(recorder, "async object")(Sleepy())()) == 7
+    assert StageContext(recorder, "object")(Prompt())() == 8
+    assert [event["stage_type"] for event in sink.events][-2:] == ["async object", "object"]
+    assert sink.events[-2]["duration_ms"] >= 10

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import signal
 import threading
 import time
 
@@ -16,7 +17,12 @@ from tests.support import balances
 
 def make_queue(max_events: int = 100, max_bytes: int = 10_000, max_event_bytes: int = 1000) -> EventQueue:
     return EventQueue(
-        Account(), max_events=max_events, max_bytes=max_bytes, max_event_bytes=max_event_bytes, wake_at=10
+        Account(),
+        max_events=max_events,
+        max_bytes=max_bytes,
+        max_event_bytes=max_event_bytes,
+        wake_at_events=10,
+        wake_at_bytes=1000,
     )
 
 
@@ -34,23 +40,31 @@ def test_halves_keep_order_and_lose_nothing(count: int, halves: tuple[int, int])
     assert first.events + second.events == batch.events
 
 
+def taken(limits: BatchLimits, events: list[bytes]) -> int:
+    waiting = collections.deque(events)
+    batch = limits.take_from(waiting)
+    assert [*batch.events, *waiting] == events
+    return len(batch)
+
+
 def test_a_batch_is_cut_by_whichever_ceiling_is_met_first() -> None:
     events = [b"x" * 99] * 50
-    assert BatchLimits(max_events=10, max_bytes=1 << 20).count(events) == 10
-    assert BatchLimits(max_events=1000, max_bytes=1000 + ENVELOPE_BYTES).count(events) == 10
-    assert BatchLimits(max_events=1000, max_bytes=1 << 20).count(events) == 50
-    assert BatchLimits().count([]) == 0
+    assert taken(BatchLimits(max_events=10, max_bytes=1 << 20), events) == 10
+    assert taken(BatchLimits(max_events=1000, max_bytes=1000 + ENVELOPE_BYTES), events) == 10
+    assert taken(BatchLimits(max_events=1000, max_bytes=1 << 20), events) == 50
+    assert taken(BatchLimits(), []) == 0
 
 
 def test_an_event_larger_than_the_ceiling_still_goes_alone() -> None:
-    assert BatchLimits(max_bytes=100).count([b"x" * 1000, b"y"]) == 1
+    assert taken(BatchLimits(max_bytes=100), [b"x" * 1000, b"y"]) == 1
 
 
-def test_a_body_never_exceeds_its_ceiling() -> None:
+def test_a_body_never_exceeds_its_ceiling_and_uses_it_up() -> None:
     events = [b"x" * size for size in (10, 20, 30, 40, 50)]
     for ceiling in range(60, 200):
-        count = BatchLimits(max_bytes=ceiling).count(events)
+        count = taken(BatchLimits(max_bytes=ceiling), events)
         assert len(Batch(tuple(events[:count])).body()) <= ceiling
+        assert count == 5 or len(Batch(tuple(events[: count + 1])).body()) > ceiling
 
 
 def test_what_does_not_fit_is_dropped_and_counted_by_reason() -> None:
@@ -61,7 +75,7 @@ def test_what_does_not_fit_is_dropped_and_counted_by_reason() -> None:
     by_size = make_queue(max_event_bytes=5)
     assert [by_size.put(b"x" * 6), by_size.put(b"x" * 5)] == [False, True]
     closed = make_queue()
-    closed.close("closed")
+    closed.close()
     assert not closed.put(b"x")
     closed.refuse("invalid")
     dropped = [queue._account.stats().dropped for queue in (by_count, by_bytes, by_size, closed)]
@@ -74,23 +88,59 @@ def test_what_is_taken_is_in_flight_and_what_is_put_back_is_first_again() -> Non
     for number in range(5):
         queue.put(str(number).encode())
     batch = queue.take(BatchLimits(max_events=2))
-    assert batch is not None
     stats = queue._account.stats()
     assert (stats.queued, stats.in_flight) == (3, 2)
     queue.put_back(batch)
     stats = queue._account.stats()
     assert (stats.queued, stats.in_flight, balances(stats)) == (5, 0, True)
-    again = queue.take(BatchLimits())
-    assert again is not None
-    assert again.events == (b"0", b"1", b"2", b"3", b"4")
-    assert queue.take(BatchLimits()) is None
+    assert queue.take(BatchLimits()).events == (b"0", b"1", b"2", b"3", b"4")
+    assert queue.take(BatchLimits()).events == ()
 
 
 def test_room_is_made_by_taking() -> None:
     queue = make_queue(max_bytes=20)
     for _ in range(100):
         assert queue.put(b"x" * 15)
-        assert queue.take(BatchLimits()) is not None
+        assert len(queue.take(BatchLimits())) == 1
+
+
+@pytest.mark.parametrize(("size", "puts"), [(1, 10), (600, 2)])
+def test_the_worker_is_woken_by_events_and_by_bytes(size: int, puts: int) -> None:
+    queue = make_queue()
+    for _ in range(puts - 1):
+        queue.put(b"x" * size)
+    assert not queue.wakeup.wait(0)
+    queue.put(b"x" * size)
+    assert queue.wakeup.wait(0)
+
+
+def test_a_small_queue_wakes_the_worker_before_it_is_full() -> None:
+    queue = make_queue(max_events=6)
+    for _ in range(3):
+        queue.put(b"x")
+    assert queue.wakeup.wait(0)
+
+
+def test_a_signal_handler_that_records_in_the_middle_of_a_put_breaks_no_account() -> None:
+    queue = make_queue(max_events=10**6, max_bytes=10**9)
+    recorded = 0
+
+    def handler(signal_number: int, frame: object) -> None:
+        nonlocal recorded
+        queue.put(b"from a handler")
+        recorded += 1
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        for _ in range(100_000):
+            queue.put(b"x")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    stats = queue._account.stats()
+    assert recorded > 10
+    assert (stats.recorded, stats.queued) == (100_000 + recorded, 100_000 + recorded)
 
 
 def test_a_wakeup_wakes_at_once_and_is_down_afterwards() -> None:

@@ -17,8 +17,9 @@ def run(outcomes: Sequence[Outcome], tries: int = 1000, max_s: float = 30.0) -> 
         max_s=max_s,
         hurry=Wakeup(),
         should_stop=lambda: len(failures) >= tries,
+        ending=lambda: False,
         on_failure=lambda outcome: failures.append(outcome.reason),
-        sleep=waits.append,
+        wait=lambda seconds: waits.append(seconds) is not None,  # type: ignore[func-returns-value]
     )
     waiting = iter(outcomes)
     return retry.run(lambda: next(waiting)), waits, failures
@@ -53,13 +54,30 @@ def test_when_told_to_stop_the_failure_is_the_outcome() -> None:
     assert (outcome, len(waits)) == (RetryLater("x"), 2)
 
 
-def test_hurry_ends_the_wait() -> None:
+def hurried(asked_s: float | None, ending: bool) -> float:
+    """Return how long a wait takes that is hurried after 0.1 seconds."""
     hurry = Wakeup()
-    retry = Retry(initial_s=60, max_s=60, hurry=hurry, should_stop=lambda: False)
-    outcomes: Iterator[Outcome] = iter([RetryLater("x", wait_s=60), Delivered()])
+    retry = Retry(
+        initial_s=60,
+        max_s=60,
+        hurry=hurry,
+        should_stop=lambda: False,
+        ending=lambda: ending,
+        on_failure=lambda outcome: None,
+    )
+    outcomes: Iterator[Outcome] = iter([RetryLater("x", wait_s=asked_s), Delivered()])
     timer = threading.Timer(0.1, hurry.set)
     timer.start()
     started = time.monotonic()
     assert retry.run(lambda: next(outcomes)) == Delivered()
-    assert time.monotonic() - started < 10
     timer.join()
+    return time.monotonic() - started
+
+
+def test_hurry_ends_our_own_wait() -> None:
+    assert hurried(None, ending=False) < 5
+
+
+def test_hurry_waits_out_what_the_server_asked_for_unless_there_is_no_later() -> None:
+    assert 0.9 < hurried(1.0, ending=False) < 5
+    assert hurried(30.0, ending=True) < 5

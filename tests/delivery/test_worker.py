@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from typing import Any
@@ -20,7 +23,7 @@ from evalvault_sdk.delivery.transport import (
     Transport,
 )
 from evalvault_sdk.delivery.worker import Worker
-from tests.support import MemoryTransport, balances, wait_for
+from tests.support import MemoryTransport, balances, clean_environment, wait_for
 
 
 def make(transport: Transport, **settings: Any) -> Worker:
@@ -78,7 +81,7 @@ def test_flush_waits_for_what_was_recorded_before_and_only_for_that() -> None:
     started, release = threading.Event(), threading.Event()
 
     class Slow(MemoryTransport):
-        def send(self, batch: Batch) -> Outcome:
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
             outcome = super().send(batch)
             if len(self.batches) == 2:
                 started.set()
@@ -137,7 +140,7 @@ class Judge(MemoryTransport):
         self.bad, self.most = bad, most
         self.stored: list[int] = []
 
-    def send(self, batch: Batch) -> Outcome:
+    def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         super().send(batch)
         found = [orjson.loads(event)["n"] for event in batch.events]
         if len(found) > self.most:
@@ -160,7 +163,7 @@ def test_one_poisonous_event_does_not_cost_its_batch() -> None:
 
 def test_what_is_too_large_is_halved_and_the_limit_remembered() -> None:
     class Small(MemoryTransport):
-        def send(self, batch: Batch) -> Outcome:
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
             super().send(batch)
             return Delivered() if len(batch.body()) <= 10_000 else TooLarge()
 
@@ -216,7 +219,7 @@ def test_shutdown_holds_its_deadline_and_counts_what_is_lost(caplog: pytest.LogC
     release = threading.Event()
 
     class Hangs(MemoryTransport):
-        def send(self, batch: Batch) -> Outcome:
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
             super().send(batch)
             release.wait(30)
             return Delivered()
@@ -230,16 +233,16 @@ def test_shutdown_holds_its_deadline_and_counts_what_is_lost(caplog: pytest.LogC
     assert 0.2 < time.monotonic() - started < 1.5
     assert stats.dropped == {"shutdown": 5}
     assert balances(stats)
-    assert "5 events were not delivered to memory" in caplog.text
+    assert "5 events for memory were lost (shutdown)" in caplog.text
     release.set()
     wait_for(lambda: "evalvault-delivery" not in {thread.name for thread in threading.enumerate()})
-    assert worker.account.stats() == stats, "what a request comes to after the end is not counted twice"
+    assert worker.account.report(in_time=False) == stats, "what a request comes to after the end is not counted twice"
     assert len(transport.batches) == 1
 
 
 def test_shutdown_during_an_outage_holds_its_deadline() -> None:
     class Down(MemoryTransport):
-        def send(self, batch: Batch) -> Outcome:
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
             super().send(batch)
             return RetryLater("ConnectionError")
 
@@ -265,18 +268,20 @@ def test_a_fault_of_the_transport_loses_nothing_and_does_not_end_the_thread(
     worker.shutdown(5)
 
 
-def test_a_full_queue_drops_the_newest_and_never_blocks() -> None:
+def test_a_full_queue_drops_the_newest_never_blocks_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     worker = make(MemoryTransport(), flush_interval_s=60, max_queue_events=10, batch_events=1000)
     started = time.monotonic()
     put(worker, 100_000)
     assert time.monotonic() - started < 5
     stats = worker.shutdown(5)
-    assert (stats.delivered, stats.dropped) == (10, {"queue_full": 99_990})
+    assert stats.delivered + stats.dropped["queue_full"] == stats.recorded == 100_000
+    assert stats.dropped["queue_full"] > 0
+    assert "lost (queue_full)" in caplog.text
 
 
 def test_the_account_balances_at_every_moment_it_can_be_observed() -> None:
     class Random(MemoryTransport):
-        def send(self, batch: Batch) -> Outcome:
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
             super().send(batch)
             kind = len(self.batches) % 5
             if kind == 1:
@@ -318,3 +323,148 @@ def test_no_thread_is_left_by_many_workers_made_and_ended() -> None:
         put(worker, 1)
         assert worker.shutdown(5).complete
     assert threading.active_count() == before
+
+
+def test_a_fault_in_the_middle_of_a_halved_batch_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalvault_sdk.delivery.worker._FAULT_PAUSE_S", 0.01)
+    transport = MemoryTransport(TooLarge(), Delivered())
+    worker = make(transport, flush_interval_s=60)
+    settle, failed = worker._settle, False
+
+    def settle_and_fail_once(batch: Batch, outcome: Outcome) -> None:
+        nonlocal failed
+        settle(batch, outcome)
+        if not failed:
+            failed = True
+            worker._retry.run = lambda send: (_ for _ in ()).throw(ZeroDivisionError)  # type: ignore[method-assign]
+
+    monkeypatch.setattr(worker, "_settle", settle_and_fail_once)
+    put(worker, 4)
+    worker._speed_up()
+    wait_for(lambda: worker.account.stats().delivered == 2)
+    stats = worker.account.stats()
+    assert balances(stats)
+    assert min(stats.queued, stats.in_flight, stats.delivered) >= 0
+    del worker._retry.run
+    stats = worker.shutdown(5)
+    assert (stats.delivered, stats.complete, balances(stats)) == (4, True, True)
+
+
+def test_a_logging_filter_that_raises_is_not_felt() -> None:
+    class Raises(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            raise ValueError("host's filter")
+
+    logger, refuses = logging.getLogger("evalvault_sdk"), Raises()
+    logger.addFilter(refuses)
+    try:
+        transport = MemoryTransport(RetryLater("x"), Delivered((RejectedEvent(0, "x"),)), *[ZeroDivisionError()] * 2)
+        worker = make(transport)
+        put(worker, 2)
+        stats = worker.flush(10)
+        assert (stats.delivered, stats.rejected, stats.in_time) == (1, 1, True)
+        put(worker, 2)
+        stats = worker.shutdown(10)
+        assert (stats.delivered, stats.in_time, balances(stats)) == (3, True, True)
+    finally:
+        logger.removeFilter(refuses)
+
+
+def test_a_burst_of_large_events_wakes_the_worker_before_the_queue_is_full() -> None:
+    worker = make(MemoryTransport(), flush_interval_s=60)
+    for _ in range(500):
+        worker.queue.put(b"x" * 200_000)
+        time.sleep(0.0005)  # a program that does something in between
+    stats = worker.shutdown(20)
+    assert (stats.delivered, stats.dropped) == (500, {})
+
+
+def test_a_signal_handler_that_records_while_the_thread_is_being_started_does_not_deadlock() -> None:
+    script = textwrap.dedent(
+        """
+        import signal
+        from evalvault_sdk import StageTracer
+        from tests.support import MemoryTransport
+
+        tracer, recorded = None, 0
+
+        def handler(number, frame):
+            global recorded
+            if tracer is not None:
+                tracer.record_stage("from a handler")
+                recorded += 1
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.00005, 0.00005)
+        for _ in range(300):
+            tracer = StageTracer("r", transport=MemoryTransport())
+            tracer.record_stage("x")
+            report = tracer.shutdown(5)
+            assert report.pending == 0, report
+            tracer = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert recorded > 10
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=clean_environment(), capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_workers_that_never_got_an_event_and_those_that_ended_are_not_kept() -> None:
+    from evalvault_sdk.delivery import worker as module
+
+    before = set(module._live)
+    idle = [make(MemoryTransport()) for _ in range(100)]
+    busy = make(MemoryTransport())
+    put(busy, 1)
+    assert module._live - before == {busy}
+    busy.shutdown(5)
+    assert module._live - before == set()
+    assert all(worker.shutdown(1).in_time for worker in idle)
+
+
+def test_a_flush_says_whether_it_was_in_time_whatever_was_lost_before() -> None:
+    release = threading.Event()
+
+    class Slow(MemoryTransport):
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+            if len(self.batches) == 1:
+                release.wait(30)
+            return super().send(batch)
+
+    worker = make(Slow(Delivered((RejectedEvent(0, "x"),))))
+    put(worker, 2)
+    report = worker.flush(10)
+    assert (report.in_time, report.complete, report.rejected) == (True, False, 1)
+    put(worker, 1)
+    assert not worker.flush(0.1).in_time
+    release.set()
+    assert worker.flush(float("inf")).in_time
+    assert worker.shutdown(float("inf")).in_time
+
+
+def test_a_server_that_refuses_everything_is_not_asked_for_ever() -> None:
+    judge = Judge(bad=set(range(5000)))
+    worker = make(judge, flush_interval_s=60, batch_events=10_000)
+    put(worker, 5000)
+    stats = worker.shutdown(20)
+    assert (stats.rejected, stats.pending) == (5000, 0)
+    assert len(judge.batches) < 200
+
+
+def test_the_last_request_gets_the_time_that_is_left() -> None:
+    asked: list[float | None] = []
+
+    class Asks(MemoryTransport):
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+            asked.append(timeout_s)
+            return super().send(batch)
+
+    worker = make(Asks())
+    put(worker, 1)
+    worker.flush(10)
+    put(worker, 1)
+    worker.shutdown(7)
+    assert asked[0] is None
+    assert asked[1] is not None
+    assert 0 < asked[1] <= 7

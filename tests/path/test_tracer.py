@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
 import subprocess
 import sys
 import textwrap
@@ -312,12 +314,37 @@ def test_a_tracer_that_is_forgotten_delivers_and_ends_its_thread(server: LiveSer
     assert len(stored(server, run_id)) == 1
 
 
+def test_what_a_forgotten_tracer_made_goes_on_recording(server: LiveServer) -> None:
+    run_id = f"run-{uuid.uuid4()}"
+
+    def make() -> Any:
+        tracer = StageTracer(run_id, server.url)
+        return tracer.stage("decorated")(lambda: 7)
+
+    decorated = make()
+    gc.collect()
+    before = set(threading.enumerate())
+    assert decorated() == 7
+    with StageTracer(run_id, server.url).stage("block"):
+        pass
+    workers = set(threading.enumerate()) - before
+    del decorated
+    gc.collect()
+    for worker in workers:
+        worker.join(10)
+    assert sorted(event["stage_type"] for event in stored(server, run_id)) == ["block", "decorated"]
+
+
 ENDINGS = {
     "returns": "",
     "sys.exit": "sys.exit(0)",
     "an exception": "raise RuntimeError('on purpose')",
     "a daemon thread": "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
     "records in atexit": "atexit.register(lambda: [tracer.record_stage('late') for _ in range(5)])",
+    "records and flushes only in atexit": (
+        "late = StageTracer(tracer.run_id, tracer.settings.api_url)\n"
+        "atexit.register(lambda: [late.record_stage('late') for _ in range(5)] and late.flush(30).complete or 1 / 0)"
+    ),
 }
 
 
@@ -333,14 +360,14 @@ def test_nothing_is_lost_when_a_program_ends_without_flush(server: LiveServer, e
         for _ in range({count}):
             with tracer.stage("input"):
                 pass
-        {ENDINGS[ending]}
         """
     )
+    script += ENDINGS[ending]
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], env=clean_environment(), capture_output=True, timeout=60)
     assert time.monotonic() - started < 10
     assert done.returncode == (1 if ending == "an exception" else 0)
-    late = 5 if ending == "records in atexit" else 0
+    late = 5 if "in atexit" in ending else 0
     assert server.get(f"events/{run_id}")["total"] == count + late, done.stderr.decode()
 
 
@@ -357,7 +384,25 @@ def test_a_program_ends_in_time_although_there_is_no_server() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], env=clean_environment(), capture_output=True, timeout=60)
     assert time.time() - float(done.stdout) < 2.5, "five tracers share one deadline"
-    assert done.stderr.decode().count("not delivered") == 5
+    assert done.stderr.decode().count("were lost (shutdown)") == 5
+
+
+def test_a_program_whose_only_events_come_at_its_very_end_ends_in_time_although_the_server_hangs() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        script = textwrap.dedent(
+            f"""
+            import atexit, time
+            from evalvault_sdk import StageTracer
+            tracer = StageTracer("r", "http://127.0.0.1:{silent.getsockname()[1]}", shutdown_timeout_s=0.5)
+            atexit.register(lambda: (tracer.record_stage("late"), tracer.flush(0.5)))
+            print(time.time())
+            """
+        )
+        done = subprocess.run([sys.executable, "-c", script], env=clean_environment(), capture_output=True, timeout=60)
+        assert time.time() - float(done.stdout) < 3
+        assert "were lost (shutdown)" in done.stderr.decode()
 
 
 def test_the_real_program_is_traced_as_a_tree(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ class Transport(Protocol):
     #: Where that is, for log lines and for keeping destinations apart.
     destination: str
 
-    def send(self, batch: Batch) -> Outcome:
-        """Send the batch once. Raises nothing that a retry could mend."""
+    def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+        """Send the batch once, within `timeout_s` seconds if given. Raises nothing that a retry could mend."""
 
     def close(self) -> None:
         """Let go of connections and files. A later `send` may open them again."""

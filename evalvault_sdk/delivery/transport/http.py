@@ -11,6 +11,7 @@ page with status 200, would look like a delivery.
 
 from __future__ import annotations
 
+import datetime
 import email.utils
 import gzip
 import time
@@ -50,6 +51,7 @@ _ADVICE = {
     403: "the token may not write to this run: check EVALVAULT_API_TOKEN and its scope",
     404: "there is no EvalVault server at this address: check EVALVAULT_API_URL",
     405: "there is no EvalVault server at this address: check EVALVAULT_API_URL",
+    415: "the server does not take what we send: set EVALVAULT_COMPRESSION=none, or check EVALVAULT_API_URL",
     407: "the proxy wants a password: check HTTPS_PROXY",
 }
 
@@ -63,8 +65,8 @@ class HttpTransport:
         self._settings = settings
         self._session: requests.Session | None = None
 
-    def send(self, batch: Batch) -> Outcome:
-        """Post the batch once."""
+    def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+        """Post the batch once; `timeout_s` shortens the timeouts of the settings."""
         import requests
 
         body = batch.body()
@@ -79,7 +81,7 @@ class HttpTransport:
                 self.destination,
                 data=body,
                 headers=headers,
-                timeout=(self._settings.connect_timeout_s, self._settings.read_timeout_s),
+                timeout=self._timeouts(timeout_s),
                 # Per request: what a session holds of these gives way to the environment in requests.
                 verify=self._settings.verify,
                 cert=self._settings.cert,
@@ -93,6 +95,13 @@ class HttpTransport:
             # OSError: a CA bundle that is not there, a socket that broke while the answer was read.
             self.close()
             return RetryLater(_describe(error), advice=_advice_for(error))
+
+    def _timeouts(self, most_s: float | None) -> tuple[float, float]:
+        connect_s, read_s = self._settings.connect_timeout_s, self._settings.read_timeout_s
+        if most_s is None:
+            return connect_s, read_s
+        most_s = max(most_s, 0.001)  # 0 would mean "do not wait at all", which requests refuses
+        return min(connect_s, most_s), min(read_s, most_s)
 
     def close(self) -> None:
         """Close the connection; the next `send` opens one."""
@@ -161,12 +170,12 @@ def outcome_of(status: int, headers: Mapping[str, str], answer: bytes, sent: int
         if verdict is not None:
             return verdict
     problem = _object(answer)
-    if "error" not in problem:
+    if not (isinstance(problem.get("error"), str) and isinstance(problem.get("details"), str)):
         return RetryLater(
             f"HTTP {status} from something that is not EvalVault",
             advice="check EVALVAULT_API_URL, and whether a proxy answers instead",
         )
-    return Refused(f"{problem['error']}: {problem.get('details', 'no details given')}")
+    return Refused(f"{problem['error']}: {problem['details']}")
 
 
 def _verdict(answer: bytes, sent: int) -> Delivered | None:
@@ -207,7 +216,10 @@ def retry_after_s(value: str | None, now: float) -> float | None:
         seconds = float(value)
     else:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+            when = email.utils.parsedate_to_datetime(value)
+            if when.tzinfo is None:  # asctime's form has no zone: RFC 9110, 5.6.7 says UTC
+                when = when.replace(tzinfo=datetime.timezone.utc)
+            seconds = when.timestamp() - now
         except (ValueError, TypeError, OverflowError):
             return None
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
