@@ -128,7 +128,7 @@ def test_refused_events_are_counted_and_their_neighbours_delivered(caplog: pytes
     put(worker, 3)
     stats = worker.flush(10)
     assert (stats.delivered, stats.rejected, stats.complete) == (2, 1, False)
-    assert "attempt must be an integer" in caplog.text
+    wait_for(lambda: "attempt must be an integer" in caplog.text)
     worker.shutdown(5)
 
 

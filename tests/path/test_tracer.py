@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from evalvault_sdk import StageEvent, StageEventBuilder, StagePayloadRef, StageTracer
-from tests.support import ROOT, LiveServer, balances, clean_environment, free_port, live_server
+from tests.support import ROOT, LiveServer, balances, clean_environment, free_port, live_server, wait_for
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_what_the_server_rejects_is_counted_and_its_neighbours_are_stored(
     stats = tracer.flush(10)
     assert (stats.delivered, stats.rejected, stats.complete) == (1, 3, False)
     assert balances(stats)
-    assert "stage_type is required" in caplog.text
+    wait_for(lambda: "stage_type is required" in caplog.text)
     assert "secret" not in caplog.text
 
 
