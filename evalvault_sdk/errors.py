@@ -5,8 +5,8 @@ Every error this package raises, as one tree::
     ├── ConfigurationError        (ValueError)   a setting is wrong: which, and what it may be
     ├── InvalidStageEventError    (ValueError)   an event breaks EvalVault's rules: which field, and how
     ├── MissingDependencyError    (ImportError)  an extra is not installed: how to install it
-    └── StoreError                               the server's database refused or failed
-        └── StoreRefusedError                    ... and would refuse the same events again
+    ├── StoreError                               the server's database failed
+    └── RunNotFoundError          (LookupError)  there are no events of a run
 
 The first three meet you at construction. Recording (`stage`, `record_stage`, `record_batch`, `flush`,
 `shutdown`) raises none of them: there, faults are counted in `stats()` and logged.
@@ -55,8 +55,11 @@ class StoreError(EvalVaultError):
     """The server's database failed; the same request may succeed later."""
 
 
-class StoreRefusedError(StoreError):
-    """The server's database refused these events, and would refuse them again."""
+class RunNotFoundError(EvalVaultError, LookupError):
+    """There is no stage event of this run."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"there are no stage events of the run {run_id!r}")
 
 
 def describe_error(error: BaseException) -> dict[str, str]:

@@ -7,6 +7,7 @@ Out:  what was asked for, on the terminal; status 1 with one clear line when it 
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -18,4 +19,7 @@ def main() -> None:
         if error.name is not None and error.name.startswith("evalvault_sdk"):
             raise
         sys.exit(f"evalvault-sdk needs the package {error.name!r}: pip install 'evalvault-sdk[cli]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     app()

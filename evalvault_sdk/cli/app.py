@@ -14,10 +14,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evalvault_sdk import __version__
+from evalvault_sdk.cli import draw
+from evalvault_sdk.cli.draw import plain
+from evalvault_sdk.cli.ingest import FileTarget, ServerTarget, ingest_file
+from evalvault_sdk.cli.source import FileSource, ServerSource, Source
 from evalvault_sdk.errors import EvalVaultError
 
 app = typer.Typer(
@@ -39,8 +42,8 @@ _Db = Annotated[str | None, typer.Option(help="A database file, instead of a ser
 def _clear_errors() -> Iterator[None]:
     try:
         yield
-    except (EvalVaultError, LookupError) as error:
-        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+    except (EvalVaultError, OSError) as error:
+        Console(stderr=True).print(f"[red]Error:[/] {plain(error)}", soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -70,11 +73,18 @@ def serve(
     """Run the server: receive events, and answer questions about them."""
     with _clear_errors():
         from evalvault_sdk.server import create_app, run
-        from evalvault_sdk.server.security import check_exposure
+        from evalvault_sdk.server.security import check_exposure, check_token_setting
 
+        token = check_token_setting(token)
         check_exposure(host, token, insecure=insecure)
-        console.print(f"Database {escape(db)}; API documentation at http://{host}:{port}/docs", highlight=False)
-        run(create_app(db, token=token), host=host, port=port)
+        run(
+            create_app(db, token=token),
+            host=host,
+            port=port,
+            on_ready=lambda url: console.print(
+                f"Database {plain(db)}; API documentation at {url}/docs", highlight=False
+            ),
+        )
 
 
 @app.command()
@@ -98,8 +108,6 @@ def ingest(
 ) -> None:
     """Send a file of events to a server, or into a database file."""
     with _clear_errors():
-        from evalvault_sdk.cli.ingest import FileTarget, ServerTarget, ingest_file
-
         target = FileTarget(db) if db else ServerTarget(url, token)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -107,7 +115,7 @@ def ingest(
             tally = ingest_file(file, target, lambda size: progress.advance(bar, size))
         console.print(f"{tally.stored:,} events stored, {len(tally.refused):,} refused", highlight=False)
         for number, reason in tally.refused[:_MAX_NAMED]:
-            console.print(f"  line {number}: {escape(reason)}", highlight=False)
+            console.print(f"  line {number}: {plain(reason)}", highlight=False)
         if len(tally.refused) > _MAX_NAMED:
             console.print(f"  ... and {len(tally.refused) - _MAX_NAMED:,} more", highlight=False)
         if tally.refused:
@@ -124,17 +132,16 @@ def show(
 ) -> None:
     """Show a run: its stages, the waterfall of one trace, failing metrics, recommendations."""
     with _clear_errors():
-        from evalvault_sdk.cli import draw
-        from evalvault_sdk.cli.source import FileSource, ServerSource, Source
-
+        if not run_id.isprintable():
+            raise EvalVaultError("the run id is no readable text")
         source: Source = FileSource(db) if db else ServerSource(url or _DEFAULT_URL, token)
         draw.draw_stage_types(console, source.summary(run_id))
-        trace_id = trace or draw.slowest_trace(source.events(run_id))
+        report = source.debug(run_id)
+        trace_id = trace or report["run_summary"]["slowest_trace_id"]
         if trace_id is not None:
             events = source.events(run_id, trace_id=trace_id)
             if not events:
                 raise EvalVaultError(f"the run has no trace {trace_id}")
             draw.draw_waterfall(console, events, trace_id)
-        report = source.debug(run_id)
         draw.draw_failing(console, report)
         draw.draw_recommendations(console, report)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 
 from evalvault_sdk.cli.draw import (
@@ -32,7 +32,7 @@ from evalvault_sdk.cli.draw import (
     draw_recommendations,
     draw_stage_types,
     draw_waterfall,
-    slowest_trace,
+    plain,
 )
 from evalvault_sdk.cli.source import ServerSource
 from evalvault_sdk.errors import EvalVaultError, MissingDependencyError
@@ -44,7 +44,7 @@ _START_TIMEOUT_S = 30.0
 def run_demo(console: Console, db: Path) -> bool:
     """Run the demo; return whether everything that was recorded was delivered and stored."""
     run_id = f"demo-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
-    with _server(db) as url:
+    with _ended_by_signals(), _server(db) as url:
         # The program makes its tracer when it is loaded, as programs do: from its environment.
         os.environ.update(EVALVAULT_API_URL=url, EVALVAULT_RUN_ID=run_id)
         os.environ.pop("EVALVAULT_SDK_DISABLED", None)
@@ -58,7 +58,7 @@ def run_demo(console: Console, db: Path) -> bool:
         source = ServerSource(url, None)
         summary = source.summary(run_id)
         report = source.debug(run_id)
-        trace_id = slowest_trace(source.events(run_id))
+        trace_id = report["run_summary"]["slowest_trace_id"]
 
         console.print(f"{len(program.QUESTIONS)} questions answered in {took_s:.1f} s, index included.\n")
         draw_stage_types(console, summary)
@@ -68,10 +68,10 @@ def run_demo(console: Console, db: Path) -> bool:
         draw_recommendations(console, report)
         stored = summary["total_events"]
         console.print(f"\n[bold]The SDK's account:[/] {stats}; stored, says the server: {stored:,}")
-        console.print(f"[bold]The database:[/] {escape(str(db.resolve()))}")
-        console.print(f"Look further: [bold]evalvault-sdk show {run_id} --db {escape(str(db))}[/]")
+        console.print(f"[bold]The database:[/] {plain(str(db.resolve()))}")
+        console.print(f"Look further: [bold]evalvault-sdk show {run_id} --db {plain(str(db))}[/]")
         console.print(
-            f"         or: [bold]evalvault-sdk serve --db {escape(str(db))}[/], then http://localhost:8000/docs"
+            f"         or: [bold]evalvault-sdk serve --db {plain(str(db))}[/], then http://localhost:8000/docs"
         )
         return bool(stats.complete and stored == stats.recorded)
 
@@ -95,6 +95,21 @@ def _load_program() -> ModuleType:
 
 
 @contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does: by an exception, so that the server is ended too."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def _server(db: Path) -> Iterator[str]:
     """Run a server on `db` in a process of its own; yield its address."""
     with socket.socket() as probe:
@@ -108,6 +123,8 @@ def _server(db: Path) -> Iterator[str]:
     try:
         _wait_until_ready(process, port)
         os.environ.pop("EVALVAULT_API_TOKEN", None)
+        for name in ("NO_PROXY", "no_proxy"):
+            os.environ[name] = f"127.0.0.1,{os.environ.get(name, '')}"  # this machine is not behind the proxy
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -121,13 +138,15 @@ def _server(db: Path) -> Iterator[str]:
 def _wait_until_ready(process: subprocess.Popen[Any], port: int) -> None:
     import requests
 
+    session = requests.Session()
+    session.trust_env = False  # no proxy on the way to this machine
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             output = process.communicate()[0].decode(errors="replace")
             raise EvalVaultError(f"the server did not start:\n{output.strip()}")
         with contextlib.suppress(requests.RequestException):
-            if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
+            if session.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
                 return
         time.sleep(0.1)
     raise EvalVaultError(f"the server was not ready within {_START_TIMEOUT_S:.0f} s")

@@ -8,6 +8,7 @@ Pure, but for the console it draws on. What events hold is escaped: a query with
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -19,8 +20,15 @@ from rich.padding import Padding
 from rich.table import Table
 
 _BAR_WIDTH = 24
-#: Distinct failing metrics listed at most.
+#: Failing metrics listed at most.
 _MAX_FAILING = 12
+#: What a terminal takes as commands: whoever can send events must not steer the operator's.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def plain(value: object) -> str:
+    """Return what an event holds as text that neither the terminal nor rich takes for more than text."""
+    return escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)))
 
 
 def _ms(value: float | None) -> str:
@@ -29,14 +37,14 @@ def _ms(value: float | None) -> str:
 
 def draw_stage_types(console: Console, summary: Mapping[str, Any]) -> None:
     """Draw a line per stage type: how many, how long, how many failed."""
-    table = Table(title=f"Stages of {escape(summary['run_id'])}", title_justify="left")
+    table = Table(title=f"Stages of {plain(summary['run_id'])}", title_justify="left")
     table.add_column("stage type")
     for name in ("count", "mean ms", "p50 ms", "p95 ms", "errors"):
         table.add_column(name, justify="right")
     for kind, totals in summary["stage_types"].items():
         errors = totals["errors"]
         table.add_row(
-            escape(kind),
+            plain(kind),
             f"{totals['count']:,}",
             _ms(totals["mean_ms"]),
             _ms(totals["p50_ms"]),
@@ -49,15 +57,6 @@ def draw_stage_types(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(f"[yellow]Missing required stages:[/] {', '.join(missing)}")
 
 
-def slowest_trace(events: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the id of the trace with the longest stage that all its others hang below or beside."""
-    longest: dict[str, float] = defaultdict(float)
-    for event in events:
-        if event["trace_id"]:
-            longest[event["trace_id"]] = max(longest[event["trace_id"]], event["duration_ms"] or 0.0)
-    return max(longest, key=lambda trace: longest[trace]) if longest else None
-
-
 def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], trace_id: str) -> None:
     """Draw the stages of one trace as a tree, each with a bar where it lies in time."""
     spans = [(_start(event), event) for event in events]
@@ -66,7 +65,7 @@ def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], trace_
     ends = [start + (event["duration_ms"] or 0.0) for start, event in spans if start is not None]
     whole = max(max(ends, default=0.0) - first, 0.001)
 
-    table = Table(title=f"Trace {escape(trace_id)}", title_justify="left")
+    table = Table(title=f"Trace {plain(trace_id)}", title_justify="left")
     table.add_column("stage", no_wrap=True, overflow="ellipsis")
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column(f"0 to {whole:,.2f} ms", no_wrap=True)
@@ -79,9 +78,9 @@ def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], trace_
         if outcome != "success":
             error = event["attributes"].get("error")
             kind = error.get("type", "") if isinstance(error, Mapping) else ""
-            outcome = f"[red]{escape(outcome)}[/] {escape(str(kind))}"
+            outcome = f"[red]{plain(outcome)}[/] {plain(str(kind))}"
         table.add_row(
-            "  " * depth + escape(event["stage_type"]) + f"[dim]{escape(name)}[/]",
+            "  " * depth + plain(event["stage_type"]) + f"[dim]{plain(name)}[/]",
             _ms(event["duration_ms"]),
             bar,
             outcome,
@@ -109,7 +108,8 @@ def _tree(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Mapping[st
         parent = event["parent_stage_id"]
         below[parent if parent in known and parent != event["stage_id"] else None].append(event)
     seen: set[str] = set()
-    waiting = [(0, event) for event in _by_start(below[None])]
+    # After the roots everything else: stages that are each other's parents hang below none.
+    waiting = [(0, event) for event in (*_by_start(below[None]), *_by_start(events))]
     while waiting:
         depth, event = waiting.pop(0)
         if event["stage_id"] in seen:
@@ -125,12 +125,7 @@ def _by_start(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def draw_failing(console: Console, report: Mapping[str, Any]) -> None:
     """Draw a line per metric that fails somewhere: in how many stages, and how badly."""
-    judged: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for metric in report["stage_metrics"]:
-        if metric["passed"] is not None:
-            judged[metric["metric_name"]].append(metric)
-    failing = {name: [m for m in metrics if not m["passed"]] for name, metrics in judged.items()}
-    failing = {name: metrics for name, metrics in failing.items() if metrics}
+    failing = report["failing_metrics"]
     if not failing:
         console.print("[green]Every metric holds its threshold.[/]")
         return
@@ -138,12 +133,17 @@ def draw_failing(console: Console, report: Mapping[str, Any]) -> None:
     table.add_column("metric")
     for name in ("failing", "of", "threshold", "worst"):
         table.add_column(name, justify="right")
-    ranked = sorted(failing.items(), key=lambda item: -len(item[1]) / len(judged[item[0]]))
-    for name, metrics in ranked[:_MAX_FAILING]:
-        threshold = metrics[0]["threshold"]
-        worst = max((m["score"] for m in metrics), key=lambda score: abs(score - threshold))
-        table.add_row(escape(name), str(len(metrics)), str(len(judged[name])), f"{threshold:g}", f"{worst:,.4g}")
+    for metric in failing[:_MAX_FAILING]:
+        table.add_row(
+            plain(metric["metric_name"]),
+            f"{metric['failing']:,}",
+            f"{metric['of']:,}",
+            f"{metric['threshold']:g}",
+            f"{metric['worst']:,.4g}",
+        )
     console.print(table)
+    if len(failing) > _MAX_FAILING:
+        console.print(f"... and {len(failing) - _MAX_FAILING} more", highlight=False)
 
 
 def draw_recommendations(console: Console, report: Mapping[str, Any]) -> None:
@@ -151,4 +151,4 @@ def draw_recommendations(console: Console, report: Mapping[str, Any]) -> None:
     if report["recommendations"]:
         console.print("[bold]Recommendations[/]")
         for text in report["recommendations"]:
-            console.print(Padding(f"• {escape(text)}", (0, 0, 0, 2)), highlight=False)
+            console.print(Padding(f"• {plain(text)}", (0, 0, 0, 2)), highlight=False)

@@ -4,19 +4,19 @@ Send a file of events to a server, or into a database.
 In:   a JSONL file, as EvalVault's tools and our own spool write it: one event a line.
 Out:  a `Tally` of what was stored, and of each refused line its number and the reason.
 
-Lines are checked here first, so that a bad one is named and costs no neighbour. The file is read as it is
-sent: its size does not matter.
+Lines are judged here as the server judges them, so that a bad one is named and costs no neighbour. The file
+is read as it is sent: its size does not matter.
 """
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import attrs
-import orjson
 
 from evalvault_sdk.capture.encode import encode
 from evalvault_sdk.config import Settings
@@ -25,8 +25,10 @@ from evalvault_sdk.delivery.queue import Wakeup
 from evalvault_sdk.delivery.retry import Retry
 from evalvault_sdk.delivery.transport.base import Delivered, Refused, RejectedEvent, RetryLater, TooLarge
 from evalvault_sdk.delivery.transport.http import HttpTransport
-from evalvault_sdk.errors import EvalVaultError, InvalidStageEventError
+from evalvault_sdk.errors import EvalVaultError
 from evalvault_sdk.events import StageEvent
+from evalvault_sdk.server.ingest import ApiError, judge, parse_json
+from evalvault_sdk.server.store import open_store
 
 _BATCH_EVENTS = 1000
 #: How long a server that does not answer is asked again.
@@ -93,8 +95,6 @@ class FileTarget:
     """A database file."""
 
     def __init__(self, path: str) -> None:
-        from evalvault_sdk.server.store import open_store
-
         self._store = open_store(path)
 
     def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
@@ -109,18 +109,26 @@ def ingest_file(path: Path, target: Target, on_progress: Callable[[int], None]) 
     waiting: list[tuple[int, StageEvent]] = []
 
     def send() -> None:
-        rejected = target.store([event for _, event in waiting])
+        try:
+            rejected = target.store([event for _, event in waiting])
+        except EvalVaultError as error:
+            raise EvalVaultError(
+                f"{error} ({tally.stored:,} events before line {waiting[0][0]:,} are stored; "
+                "ingest the file again: that stores each of them once)"
+            ) from None
         tally.stored += len(waiting) - len(rejected)
         tally.refused += [(waiting[entry.index][0], entry.reason) for entry in rejected]
         waiting.clear()
 
     for number, line in _lines(path, on_progress):
         try:
-            waiting.append((number, StageEvent.from_dict(orjson.loads(line))))
-        except orjson.JSONDecodeError:
-            tally.refused.append((number, "is no JSON object"))
-        except InvalidStageEventError as error:
-            tally.refused.append((number, str(error)))
+            value, odd = parse_json(line)
+        except ApiError as error:
+            tally.refused.append((number, f"{error.error}: {error.details}"))
+            continue
+        verdict = judge([value], odd=odd)
+        waiting += [(number, event) for event in verdict.events]
+        tally.refused += [(number, entry["details"]) for entry in verdict.rejected]
         if len(waiting) >= _BATCH_EVENTS:
             send()
     if waiting:
@@ -133,5 +141,7 @@ def _lines(path: Path, on_progress: Callable[[int], None]) -> Iterator[tuple[int
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             on_progress(len(line))
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, line

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evalvault_sdk.errors import EvalVaultError
+from evalvault_sdk.server.reader import RunReader
+from evalvault_sdk.server.store import open_store
 
 
 class Source(Protocol):
@@ -26,10 +28,14 @@ class Source(Protocol):
         """Return the debug report."""
 
     def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
-        """Return the first 10,000 events of the run, or of one of its traces."""
+        """Return the first 10,000 events of a run, or of one of its traces."""
 
 
 _MAX_EVENTS = 10_000
+
+
+#: A field by which an answer of the server is known.
+_EXPECTED = {"summary": "stage_types", "debug": "run_summary", "events": "events"}
 
 
 class ServerSource:
@@ -64,29 +70,28 @@ class ServerSource:
             response = requests.get(url, params=query, headers=headers, timeout=30)
             answer = response.json()
         except requests.JSONDecodeError:
-            raise EvalVaultError(f"{self.address} answers, but is not an EvalVault server: check --url") from None
+            answer = None
         except requests.RequestException as error:
             raise EvalVaultError(
                 f"no server at {self.address} ({type(error).__name__}): start one with `evalvault-sdk serve`, "
                 "or give --url or --db"
             ) from None
+        expected = _EXPECTED[what] if response.ok else "details"
+        if not isinstance(answer, dict) or expected not in answer:
+            raise EvalVaultError(f"{self.address} answers, but is not an EvalVault server: check --url")
         if not response.ok:
-            raise EvalVaultError(f"{answer.get('error', response.status_code)}: {answer.get('details', '')}")
-        result: dict[str, Any] = answer
-        return result
+            raise EvalVaultError(f"{answer.get('error')}: {answer['details']}")
+        return answer
 
 
 class FileSource:
     """A database file, of ours or of EvalVault's."""
 
     def __init__(self, path: str) -> None:
-        from evalvault_sdk.server.reader import RunReader
-        from evalvault_sdk.server.store import open_store
-
         if not Path(path).is_file():
             raise EvalVaultError(f"there is no database file {path}")
         self.address = path
-        self._reader = RunReader(open_store(path))
+        self._reader = RunReader(open_store(path, read_only=True))
 
     def summary(self, run_id: str) -> dict[str, Any]:
         """Return the summary with `stage_types`."""

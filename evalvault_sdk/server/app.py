@@ -8,17 +8,19 @@ Out:  an ASGI app, for uvicorn or any other server; `evalvault-sdk serve` runs i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Collection, Mapping
+import socket
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
+import attrs
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from evalvault_sdk import __version__
-from evalvault_sdk.errors import MissingDependencyError
-from evalvault_sdk.server.ingest import ApiError, IngestLimits
+from evalvault_sdk.errors import ConfigurationError, MissingDependencyError
+from evalvault_sdk.server.ingest import IngestLimits
 from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS
 from evalvault_sdk.server.reader import RunReader
-from evalvault_sdk.server.routes import create_router, error_response, json_response
+from evalvault_sdk.server.routes import as_api_error, create_router, error_response, json_response
 from evalvault_sdk.server.store import open_store
 from evalvault_sdk.server.store.base import Store
 
@@ -37,7 +39,7 @@ def create_app(
 
     `db` is the path of an SQLite file, made if it is not there; an existing EvalVault database is used as it
     is. A `store` given instead stays its maker's to close. With `token` every request must bear it.
-    Raises `StoreError` when the database cannot be opened.
+    Raises `StoreError` when the database cannot be opened, `ConfigurationError` for a blank token.
     """
     kept = store or open_store(db)
 
@@ -65,19 +67,33 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
-        details = f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is"
-        return error_response(
-            ApiError(error.status_code, str(error.detail), details, headers=dict(error.headers or {}))
-        )
+        answer = as_api_error(error)
+        return error_response(attrs.evolve(answer, details=f"{request.method} {request.url.path}; see /docs"))
 
     return app
 
 
-def run(app: FastAPI, *, host: str, port: int) -> None:
-    """Serve `app` with uvicorn until SIGINT or SIGTERM; requests under way are finished first."""
+def run(app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """
+    Serve `app` with uvicorn until SIGINT or SIGTERM; requests under way are finished first.
+
+    `on_ready` is told the address once it is ours. Raises `ConfigurationError` when it cannot be had.
+    """
     try:
         import uvicorn
     except ImportError as error:
         raise MissingDependencyError.for_extra("serving", "server", error) from error
-    # No access log: a line per batch says nothing, and costs as much as the batch.
-    uvicorn.run(app, host=host, port=port, access_log=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            raise ConfigurationError(
+                f"cannot listen on {host} port {port} ({error.strerror or error}): give another --host or --port"
+                if isinstance(error, OSError)
+                else f"{host!r} is no address to listen on"
+            ) from None
+        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
+        # No access log: a line per batch says nothing, and costs as much as the batch.
+        uvicorn.Server(uvicorn.Config(app, access_log=False)).run(sockets=[listening])

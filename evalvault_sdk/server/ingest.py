@@ -21,6 +21,9 @@ import orjson
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent
 
+#: Levels of nesting in an event; orjson writes 254, and our own client 32.
+_MAX_DEPTH = 128
+
 
 @attrs.frozen
 class ApiError(Exception):
@@ -44,9 +47,13 @@ class IngestLimits:
     #: Bytes of a body on the wire.
     max_body_bytes: int = 16 << 20
     #: Bytes of a body after unpacking: a bomb of 16 MiB would unpack to 16 GiB.
-    max_unpacked_bytes: int = 64 << 20
+    max_unpacked_bytes: int = 32 << 20
+    #: Objects and lists in a body: each costs up to a hundred times its two bytes once it is parsed.
+    max_containers: int = 500_000
     #: Events in a body.
     max_events: int = 10_000
+    #: Requests that wait to be parsed and stored; more are answered with 503 at once.
+    max_waiting_requests: int = 64
 
 
 @attrs.frozen(kw_only=True)
@@ -81,7 +88,13 @@ def too_large(what: str, **limit: int) -> ApiError:
 
 def read_submission(body: bytes, *, content_encoding: str | None, limits: IngestLimits) -> Submission:
     """Unpack, parse and judge a body. Raises `ApiError` when there is nothing in it to judge."""
-    return _judge(_events_in(_parse(_unpack(body, content_encoding, limits)), limits))
+    unpacked = _unpack(body, content_encoding, limits)
+    if unpacked.count(b"{") + unpacked.count(b"[") > limits.max_containers:
+        raise too_large(
+            f"a body may have {limits.max_containers} objects and lists", limit_containers=limits.max_containers
+        )
+    value, odd = parse_json(unpacked)
+    return judge(_events_in(value, limits), odd=odd)
 
 
 def _unpack(body: bytes, content_encoding: str | None, limits: IngestLimits) -> bytes:
@@ -90,31 +103,41 @@ def _unpack(body: bytes, content_encoding: str | None, limits: IngestLimits) -> 
         return body
     if encoding not in ("gzip", "x-gzip"):
         raise ApiError(415, "Unsupported content encoding", "Content-Encoding must be gzip or absent")
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    try:
-        unpacked = unpacker.decompress(body, limits.max_unpacked_bytes + 1)
-    except zlib.error:
-        raise ApiError(400, "Malformed gzip", "the body is not what Content-Encoding: gzip says") from None
-    if len(unpacked) > limits.max_unpacked_bytes:
-        raise too_large(
-            f"the body unpacks to more than {limits.max_unpacked_bytes} bytes",
-            limit_bytes=limits.max_unpacked_bytes,
-        )
-    if not unpacker.eof:
-        raise ApiError(400, "Malformed gzip", "the body ends before its gzip stream does")
+    unpacked = b""
+    while body:  # RFC 1952, 2.2: a gzip file may have several members
+        unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        try:
+            unpacked += unpacker.decompress(body, limits.max_unpacked_bytes + 1 - len(unpacked))
+        except zlib.error:
+            raise ApiError(400, "Malformed gzip", "the body is not what Content-Encoding: gzip says") from None
+        if len(unpacked) > limits.max_unpacked_bytes:
+            limit = limits.max_unpacked_bytes
+            raise too_large(f"the body unpacks to more than {limit} bytes", limit_bytes=limit)
+        if not unpacker.eof:
+            raise ApiError(400, "Malformed gzip", "the body ends before its gzip stream does")
+        body = unpacker.unused_data
     return unpacked
 
 
-def _parse(body: bytes) -> tuple[Any, bool]:
-    """Return the body's JSON, and whether it may hold what JSON has no form for: NaN and infinities."""
+def parse_json(body: bytes) -> tuple[Any, bool]:
+    """
+    Return a body's JSON, and whether it holds something odd that `judge` has to look for, event by event.
+
+    Odd is what cannot be stored and given back: NaN and infinities, lone surrogates, nesting without end.
+    They are no JSON, or no JSON that everybody can read; but the one event that has them can be named, and
+    its neighbours stored. Raises `ApiError` for what is no JSON even so.
+    """
     try:
-        return orjson.loads(body), False
+        value = orjson.loads(body)
+        orjson.dumps([[[value]]])  # it writes less deep than it reads, and our answers wrap what they give back
     except orjson.JSONDecodeError as error:
         strict_error = error
-    # Python's own parser takes NaN, Infinity and lone surrogates, so that the one event which has them can
-    # be named, and its neighbours stored.
+    except TypeError:
+        return value, True
+    else:
+        return value, False
     try:
-        return json.loads(body), True
+        return json.loads(body.decode("utf-8"), parse_int=_integer), True
     except RecursionError:
         raise ApiError(400, "Malformed JSON", "the body is nested too deeply") from None
     except ValueError:
@@ -122,12 +145,16 @@ def _parse(body: bytes) -> tuple[Any, bool]:
         raise ApiError(400, "Malformed JSON", f"{strict_error.msg.partition(':')[0]} at {place}") from None
 
 
-def _events_in(parsed: tuple[Any, bool], limits: IngestLimits) -> tuple[list[Any], bool]:
-    value, lax = parsed
+def _integer(digits: str) -> int | float:
+    """Return an integer as orjson does: beyond 64 bits as a float."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
+def _events_in(value: Any, limits: IngestLimits) -> list[Any]:
     if not isinstance(value, dict):
         raise ApiError(422, "Invalid request", 'the body must be one event object, or {"events": [...]}')
     if "events" not in value:
-        return [value], lax
+        return [value]
     events = value["events"]
     if not isinstance(events, list):
         raise ApiError(422, "Invalid request", "events must be a list of event objects")
@@ -138,24 +165,23 @@ def _events_in(parsed: tuple[Any, bool], limits: IngestLimits) -> tuple[list[Any
             f"events holds {len(events)}; send at most {limits.max_events} in one request",
             limit_events=limits.max_events,
         )
-    return events, lax
+    return events
 
 
-def _judge(found: tuple[list[Any], bool]) -> Submission:
-    payloads, lax = found
+def judge(payloads: Sequence[Any], *, odd: bool = False) -> Submission:
+    """Return the verdict on each of `payloads`; `odd` is what `parse_json` said of them."""
     events: list[StageEvent] = []
     rejected: list[dict[str, Any]] = []
     for index, payload in enumerate(payloads):
         try:
-            if lax:
-                _check_storable(payload, "")
+            if odd:
+                _check_storable(payload, "event")
             events.append(StageEvent.from_dict(payload))
         except InvalidStageEventError as error:
-            stage_id = payload.get("stage_id") if isinstance(payload, dict) else None
             rejected.append(
                 {
                     "index": index,
-                    "stage_id": stage_id if isinstance(stage_id, str) and not lax else None,
+                    "stage_id": _readable_id(payload),
                     "error": "Invalid stage event",
                     "details": str(error),
                 }
@@ -163,15 +189,24 @@ def _judge(found: tuple[list[Any], bool]) -> Submission:
     return Submission(events=events, rejected=rejected)
 
 
-def _check_storable(value: Any, path: str) -> None:
-    """Raise `InvalidStageEventError` for the first value that JSON or UTF-8 has no form for."""
+def _readable_id(payload: Any) -> str | None:
+    stage_id = payload.get("stage_id") if isinstance(payload, dict) else None
+    if not isinstance(stage_id, str):
+        return None
+    return stage_id.encode("utf-8", "replace").decode()
+
+
+def _check_storable(value: Any, path: str, depth: int = 0) -> None:
+    """Raise `InvalidStageEventError` for the first value that cannot be stored and given back."""
+    if depth > _MAX_DEPTH:
+        raise InvalidStageEventError(path.partition(".")[0].partition("[")[0], "is nested too deeply")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_text(key, path or "a field's name")
-            _check_storable(item, f"{path}.{key}" if path else key)
+            _check_text(key, f"a name in {path}")
+            _check_storable(item, key if path == "event" else f"{path}.{key}", depth + 1)
     elif isinstance(value, list):
         for place, item in enumerate(value):
-            _check_storable(item, f"{path}[{place}]")
+            _check_storable(item, f"{path}[{place}]", depth + 1)
     elif isinstance(value, str):
         _check_text(value, path)
     elif isinstance(value, float) and not math.isfinite(value):

@@ -80,6 +80,9 @@ class StageMetric:
         }
 
 
+#: What is larger is no count of anything, and beyond it a float skips integers.
+_LARGEST_COUNT = 2**53
+
 #: A metric before it has its stage, its prefix and its threshold: what, score, evidence.
 _Finding = tuple[str, float, dict[str, Any]]
 
@@ -100,7 +103,7 @@ def metrics_of(
     seen = set()
     for what, score, evidence in _findings(event, relevance or {}):
         name = f"{event.stage_type}.{what}"
-        if name in seen:  # an attribute of an unknown type that is called latency_ms
+        if name in seen or not math.isfinite(score):  # an unknown type's own latency_ms; a sum beyond all floats
             continue
         seen.add(name)
         yield StageMetric(event.run_id, event.stage_id, name, score, thresholds.get(name), evidence)
@@ -138,7 +141,7 @@ def _relevant(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> se
     if own:
         return set(_texts(own))
     test_case = event.metadata.get("test_case_id")
-    return set(relevance.get(test_case, ())) if isinstance(test_case, str) else set()
+    return set(_texts(relevance.get(test_case))) if isinstance(test_case, str) else set()
 
 
 def _scores(attributes: Mapping[str, Any]) -> Iterator[_Finding]:
@@ -148,7 +151,11 @@ def _scores(attributes: Mapping[str, Any]) -> Iterator[_Finding]:
     skipped = {"skipped": len(values) - len(scores)} if len(scores) < len(values) else {}
     if not scores:
         return
-    yield "avg_score", math.fsum(scores) / len(scores), {"count": len(scores), **skipped}
+    try:
+        mean = math.fsum(scores) / len(scores)
+    except OverflowError:  # the sum of huge scores is no float, their mean is
+        mean = math.fsum(score / len(scores) for score in scores)
+    yield "avg_score", mean, {"count": len(scores), **skipped}
     if len(scores) > 1:
         yield "score_gap", max(scores) - min(scores), {"max": max(scores), "min": min(scores), **skipped}
 
@@ -234,7 +241,7 @@ _BY_TYPE: Mapping[str, Callable[[Mapping[str, Any]], Iterator[_Finding]]] = {
 def _texts(value: Any) -> list[str]:
     if value is None:
         return []
-    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+    return [str(item) for item in value] if isinstance(value, list | tuple | set | frozenset) else [str(value)]
 
 
 def _number(value: Any) -> float | None:
@@ -250,4 +257,4 @@ def _number(value: Any) -> float | None:
 
 def _integer(value: Any) -> int | None:
     number = _number(value)
-    return None if number is None else int(number)
+    return None if number is None or abs(number) > _LARGEST_COUNT else int(number)

@@ -103,28 +103,62 @@ _BATCH_SCHEMA = {
 }
 
 
-def _answer(description: str, example: Any) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"example": example}}}
+def _schema_of(example: Any) -> dict[str, Any]:
+    """Return the schema of an answer by its example: its fields and their kinds."""
+    if isinstance(example, dict):
+        return {"type": "object", "properties": {name: _schema_of(value) for name, value in example.items()}}
+    if isinstance(example, list):
+        return {"type": "array", "items": _schema_of(example[0])} if example else {"type": "array"}
+    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string")):
+        if isinstance(example, kind):
+            return {"type": [name, "null"]}
+    return {}
+
+
+def _answer(description: str, example: dict[str, Any], schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    content = {"schema": schema or _schema_of(example), "example": example}
+    return {"description": description, "content": {"application/json": content}}
+
+
+_ERROR_SCHEMA = {
+    "title": "Error",
+    "type": "object",
+    "required": ["error", "details"],
+    "properties": {"error": {"type": "string"}, "details": {"type": "string"}},
+}
+
+
+def _error(description: str, error: str, details: str, **more: Any) -> dict[str, Any]:
+    return _answer(description, {"error": error, "details": details, **more}, _ERROR_SCHEMA)
 
 
 _Responses = dict[int | str, dict[str, Any]]
 
 _UNAUTHORIZED: _Responses = {
-    401: _answer(
+    401: _error(
         "The server has a token, and the request does not bear it.",
-        {"error": "Unauthorized", "details": "..."},
+        "Unauthorized",
+        "send the header 'Authorization: Bearer <token>' with the server's token",
     )
 }
 _UNAVAILABLE: _Responses = {
-    503: _answer(
-        "The database is not to be had; `Retry-After` says when to try again.",
-        {"error": "Database unavailable", "details": "nothing was stored; try again later"},
-    )
+    503: {
+        **_error(
+            "The database is not to be had, or too many requests came at once.",
+            "Database unavailable",
+            "nothing was stored; try again later",
+        ),
+        "headers": {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}},
+    }
 }
 _NOT_FOUND: _Responses = {
-    404: _answer(
-        "The run has no events.",
-        {"error": "Run not found", "details": "there are no stage events of the run 'rag-001'"},
+    404: _error("The run has no events.", "Run not found", "there are no stage events of the run 'rag-001'")
+}
+_BAD_QUERY: _Responses = {
+    422: _error(
+        "A parameter is not what it may be.",
+        "Invalid request",
+        "limit: Input should be a valid integer, unable to parse string as an integer",
     )
 }
 
@@ -147,26 +181,28 @@ _STORED = {"stored": 1, "run_id": "rag-001", "stage_ids": [_EVENT["stage_id"]]}
 POST_EVENTS_RESPONSES: _Responses = {
     200: _answer("All events are stored.", _STORED),
     207: _answer("Some events are stored; the others are named.", {**_STORED, "rejected": [_REJECTED]}),
-    400: _answer(
+    400: _error(
         "The body is no JSON, or not what its encoding says.",
-        {"error": "Malformed JSON", "details": "unexpected character at line 1 column 2"},
+        "Malformed JSON",
+        "unexpected character at line 1 column 2",
     ),
-    413: _answer(
+    413: _error(
         "The body, or the number of its events, is over the limit.",
-        {"error": "Request too large", "details": "a body may have 16777216 bytes", "limit_bytes": 16777216},
+        "Request too large",
+        "a body may have 16777216 bytes",
+        limit_bytes=16777216,
     ),
-    415: _answer(
+    415: _error(
         "The body's type or encoding is not understood.",
-        {"error": "Unsupported content type", "details": "Content-Type must be application/json"},
+        "Unsupported content type",
+        "Content-Type must be application/json",
     ),
-    422: _answer(
+    422: _error(
         "No event is valid.",
-        {
-            "error": "Invalid stage event",
-            "details": "stage_type is required",
-            "index": 0,
-            "rejected": [{**_REJECTED, "index": 0}],
-        },
+        "Invalid stage event",
+        "stage_type is required",
+        index=0,
+        rejected=[{**_REJECTED, "index": 0}],
     ),
     **_UNAUTHORIZED,
     **_UNAVAILABLE,
@@ -174,7 +210,7 @@ POST_EVENTS_RESPONSES: _Responses = {
 
 
 def _reads(description: str, example: Any) -> _Responses:
-    return {200: _answer(description, example), **_NOT_FOUND, **_UNAUTHORIZED, **_UNAVAILABLE}
+    return {200: _answer(description, example), **_NOT_FOUND, **_BAD_QUERY, **_UNAUTHORIZED, **_UNAVAILABLE}
 
 
 EVENTS_RESPONSES = _reads("The events.", {"run_id": "rag-001", "events": [_EVENT], "total": 5, "returned": 1})
@@ -191,10 +227,14 @@ DEBUG_RESPONSES = _reads(
             "total_events": 2,
             "total_traces": 1,
             "error_count": 0,
+            "slowest_trace_id": _EVENT["trace_id"],
             "total_stage_metrics": 5,
         },
         "stage_summary": _SUMMARY,
         "stage_metrics": [_METRIC],
+        "failing_metrics": [
+            {"metric_name": "retrieval.avg_score", "failing": 1, "of": 1, "threshold": 0.2, "worst": 0.1}
+        ],
         "bottlenecks": [
             {"type": "missing_stage", "stage_type": "output", "detail": "required stage missing"},
             {"type": "latency", "stage_type": "retrieval", "avg_duration_ms": 120.0},
@@ -204,3 +244,8 @@ DEBUG_RESPONSES = _reads(
         "langfuse_trace_url": None,
     },
 )
+
+DEBUG_RESPONSES[200]["content"]["text/markdown"] = {
+    "schema": {"type": "string"},
+    "example": "# Debug report: rag-001\n",
+}

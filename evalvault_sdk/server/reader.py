@@ -8,19 +8,14 @@ Blocking: the routes call it in a thread. Memory is bounded: events pass one by 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from evalvault_sdk.errors import RunNotFoundError
+from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server import report, summary
 from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS, StageMetric, metrics_of
 from evalvault_sdk.server.store.base import Store
-
-
-class RunNotFoundError(LookupError):
-    """There is no event of this run."""
-
-    def __init__(self, run_id: str) -> None:
-        super().__init__(f"there are no stage events of the run {run_id!r}")
 
 
 class RunReader:
@@ -39,28 +34,31 @@ class RunReader:
 
     def events(self, run_id: str, *, stage_type: str | None, trace_id: str | None, limit: int) -> dict[str, Any]:
         """Return `{"run_id", "events", "total", "returned"}`. Raises `RunNotFoundError`."""
-        total = self._store.count(run_id, stage_type=stage_type, trace_id=trace_id)
-        if not total and not self._store.count(run_id):
-            raise RunNotFoundError(run_id)
-        found = self._store.events(run_id, stage_type=stage_type, trace_id=trace_id, limit=limit)
-        events = [event.to_dict() for event in found]
+        with self._store.snapshot() as view:
+            total = view.count(run_id, stage_type=stage_type, trace_id=trace_id)
+            if not total and not view.count(run_id):
+                raise RunNotFoundError(run_id)
+            found = view.events(run_id, stage_type=stage_type, trace_id=trace_id, limit=limit)
+            events = [event.to_dict() for event in found]
         return {"run_id": run_id, "events": events, "total": total, "returned": len(events)}
 
     def metrics(self, run_id: str, *, stage_id: str | None, metric_name: str | None, limit: int) -> dict[str, Any]:
         """Return `{"run_id", "metrics", "total", "returned"}`. Raises `RunNotFoundError`."""
-        if not self._store.count(run_id):
-            raise RunNotFoundError(run_id)
         listed, total = [], 0
-        for metric in self._metrics(run_id):
-            if stage_id in (None, metric.stage_id) and metric_name in (None, metric.metric_name):
-                total += 1
-                if total <= limit:
-                    listed.append(metric.to_dict())
+        with self._store.snapshot() as view:
+            if not view.count(run_id):
+                raise RunNotFoundError(run_id)
+            for metric in self._metrics(view.events(run_id, stage_id=stage_id)):
+                if metric_name in (None, metric.metric_name):
+                    total += 1
+                    if total <= limit:
+                        listed.append(metric.to_dict())
         return {"run_id": run_id, "metrics": listed, "total": total, "returned": len(listed)}
 
     def summary(self, run_id: str, *, detail: bool = False) -> dict[str, Any]:
         """Return the summary; with `detail` also `stage_types`. Raises `RunNotFoundError`."""
-        totals = self._store.stage_type_totals(run_id)
+        with self._store.snapshot() as view:
+            totals = view.stage_type_totals(run_id)
         if not totals:
             raise RunNotFoundError(run_id)
         result = summary.summarize(run_id, totals)
@@ -70,10 +68,17 @@ class RunReader:
 
     def debug(self, run_id: str, *, limit: int) -> dict[str, Any]:
         """Return the debug report, listing at most `limit` metrics. Raises `RunNotFoundError`."""
-        stage_summary = self.summary(run_id)
-        run_summary = summary.run_summary(run_id, self._store.run_totals(run_id))
-        return report.debug_report(run_summary, stage_summary, self._metrics(run_id), max_metrics=limit)
+        with self._store.snapshot() as view:
+            totals = view.stage_type_totals(run_id)
+            if not totals:
+                raise RunNotFoundError(run_id)
+            return report.debug_report(
+                summary.run_summary(run_id, view.run_totals(run_id)),
+                summary.summarize(run_id, totals),
+                self._metrics(view.events(run_id)),
+                max_metrics=limit,
+            )
 
-    def _metrics(self, run_id: str) -> Iterator[StageMetric]:
-        for event in self._store.events(run_id):
+    def _metrics(self, events: Iterable[StageEvent]) -> Iterator[StageMetric]:
+        for event in events:
             yield from metrics_of(event, thresholds=self._thresholds, relevance=self._relevance)

@@ -75,14 +75,13 @@ class FailureTally:
     """
     Remembers, of all metrics that pass by, what a recommendation needs: bounded by names, not by events.
 
-    For each component the metric that is furthest from its threshold, and how many of how many stages
-    fail it.
+    For each metric that fails, in how many of how many stages, and where it is furthest from its threshold.
     """
 
     def __init__(self) -> None:
         self._judged: dict[str, int] = {}
         self._failed: dict[str, int] = {}
-        self._worst: dict[str, StageMetric] = {}  # by component
+        self._worst: dict[str, StageMetric] = {}
 
     def add(self, metric: StageMetric) -> None:
         """Take one metric into account."""
@@ -94,14 +93,33 @@ class FailureTally:
         if passed:
             return
         self._failed[name] = self._failed.get(name, 0) + 1
-        component = _COMPONENTS.get(name.partition(".")[0], _OTHER_COMPONENT)
-        worst = self._worst.get(component)
+        worst = self._worst.get(name)
         if worst is None or metric.shortfall > worst.shortfall:
-            self._worst[component] = metric
+            self._worst[name] = metric
+
+    def failing(self) -> list[dict[str, Any]]:
+        """Return `{metric_name, failing, of, threshold, worst}` per failing metric, the most frequent first."""
+        found = [
+            {
+                "metric_name": name,
+                "failing": self._failed[name],
+                "of": self._judged[name],
+                "threshold": metric.threshold,
+                "worst": metric.score,
+            }
+            for name, metric in self._worst.items()
+        ]
+        return sorted(found, key=lambda entry: -entry["failing"] / entry["of"])
 
     def recommendations(self) -> list[str]:
         """Return one `"[{priority}] {component}: {title} - {hint}"` per failing component, the worst first."""
-        ranked = sorted(self._worst.items(), key=lambda item: -item[1].shortfall)
+        by_component: dict[str, StageMetric] = {}
+        for name, metric in self._worst.items():
+            component = _COMPONENTS.get(name.partition(".")[0], _OTHER_COMPONENT)
+            known = by_component.get(component)
+            if known is None or metric.shortfall > known.shortfall:
+                by_component[component] = metric
+        ranked = sorted(by_component.items(), key=lambda item: -item[1].shortfall)
         return [self._recommendation(component, metric) for component, metric in ranked]
 
     def _recommendation(self, component: str, metric: StageMetric) -> str:
@@ -142,7 +160,7 @@ def debug_report(
     max_metrics: int,
 ) -> dict[str, Any]:
     """
-    Return the debug report of a run.
+    Return the debug report of a run: the object of the contract, and `failing_metrics`.
 
     All `metrics` are judged; the first `max_metrics` are listed, and `run_summary.total_stage_metrics` says
     how many there are. Trace links are null: a live run has no tracker's metadata to take them from.
@@ -157,6 +175,7 @@ def debug_report(
         "run_summary": {**run_summary, "total_stage_metrics": total},
         "stage_summary": summary,
         "stage_metrics": listed,
+        "failing_metrics": tally.failing(),
         "bottlenecks": bottlenecks(summary),
         "recommendations": tally.recommendations(),
         "phoenix_trace_url": None,
@@ -178,13 +197,12 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines += [f"- {_bottleneck(entry)}" for entry in report["bottlenecks"]] or ["None."]
     lines += ["", "## Recommendations", ""]
     lines += [f"- {text}" for text in report["recommendations"]] or ["None: every metric holds its threshold."]
-    failing = [metric for metric in report["stage_metrics"] if metric["passed"] is False]
     lines += ["", "## Failing metrics", ""]
-    if failing:
-        lines += ["| Metric | Score | Threshold | Stage |", "| --- | ---: | ---: | --- |"]
+    if report["failing_metrics"]:
+        lines += ["| Metric | Failing | Of | Threshold | Worst |", "| --- | ---: | ---: | ---: | ---: |"]
         lines += [
-            f"| {_cell(m['metric_name'])} | {m['score']:.4g} | {m['threshold']:g} | {_cell(m['stage_id'])} |"
-            for m in failing
+            f"| {_cell(m['metric_name'])} | {m['failing']} | {m['of']} | {m['threshold']:g} | {m['worst']:.4g} |"
+            for m in report["failing_metrics"]
         ]
     else:
         lines.append("None.")

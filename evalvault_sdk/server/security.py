@@ -29,6 +29,15 @@ def check_token(authorization: str | None, token: str | None) -> None:
         )
 
 
+def check_token_setting(token: str | None) -> str | None:
+    """Return a server's token as it is compared. Raises `ConfigurationError` for a blank one, which guards nothing."""
+    if token is None:
+        return None
+    if not token.strip():
+        raise ConfigurationError("the token is empty: give one, or none at all (is a variable not set?)")
+    return token.strip()
+
+
 def check_exposure(host: str, token: str | None, *, insecure: bool) -> None:
     """Raise `ConfigurationError` for a server that would show its users' questions to the network."""
     if token is None and not insecure and not _is_loopback(host):

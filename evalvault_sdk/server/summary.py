@@ -55,4 +55,5 @@ def run_summary(run_id: str, totals: RunTotals) -> dict[str, Any]:
         "total_events": totals.events,
         "total_traces": totals.traces,
         "error_count": totals.errors,
+        "slowest_trace_id": totals.slowest_trace_id,
     }

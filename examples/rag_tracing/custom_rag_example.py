@@ -163,7 +163,7 @@ def rewrite(question: str, language: str) -> str:
 
 def rerank(query: str, candidates: list[tuple[Passage, float]]) -> list[tuple[Passage, float]]:
     """Return the candidates that cover the query best: how many of its words, and whether the name has them."""
-    words = set(_WORD.findall(query))
+    words = set(_WORD.findall(query)) or {query}
     best = candidates[0][1]
     scored = []
     for passage, score in candidates:

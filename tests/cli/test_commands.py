@@ -9,8 +9,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,24 @@ def test_bad_lines_are_named_and_the_others_stored(server: LiveServer, tmp_path:
     run = f"run-{uuid.uuid4()}"
     good = {"run_id": run, "stage_type": "x"}
     path = write_events(
-        tmp_path / "events.jsonl", [good, "{broken", {**good, "attempt": 0}, "", good, "[1]", {**good, "run_id": ""}]
+        tmp_path / "events.jsonl",
+        [
+            f"\N{ZERO WIDTH NO-BREAK SPACE}{json.dumps(good)}",  # as Windows editors begin a file
+            "{broken",
+            {**good, "attempt": 0},
+            "",
+            good,
+            "[1]",
+            {**good, "run_id": ""},
+            {**good, "attributes": {"a": float("nan")}},
+        ],
     )
     done = command("ingest", str(path), "--url", server.url)
     assert done.returncode == 1
-    assert "2 events stored, 4 refused" in done.stdout
+    assert "2 events stored, 5 refused" in done.stdout
     for line in (
-        "line 2: is no JSON",
+        "line 2: Malformed JSON",
+        "line 8: attributes.a must be a finite number",
         "line 3: attempt must be at least 1",
         "line 6: event must be an object",
         "line 7: run_id is required",
@@ -119,6 +132,11 @@ def test_a_long_file_is_ingested_in_batches_and_again_to_no_effect(server: LiveS
         (("serve", "--host", "0.0.0.0"), "--token"),
         (("serve", "--db", "/no/such/folder/x.db"), "/no/such/folder/x.db"),
         (("serve", "--db", "redis://x"), "redis://"),
+        (("serve", "--db", ":memory:"), "give the path of a file"),
+        (("serve", "--host", "0.0.0.0", "--token", ""), "the token is empty"),
+        (("serve", "--token", " "), "the token is empty"),
+        (("show", "\udcff", "--url", "http://127.0.0.1:1"), "run id"),
+        (("ingest", "/proc/self/mem", "--db", "x.db"), "Input/output error"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
@@ -127,7 +145,7 @@ def test_what_cannot_be_done_is_one_clear_line(arguments: tuple[str, ...], words
     assert done.stderr.startswith("Error:")
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) or arguments[0] == "ingest"
 
 
 def test_a_run_that_is_not_there_is_said_for_both_sources(server: LiveServer, tmp_path: Path) -> None:
@@ -192,3 +210,103 @@ def processes_that_name(path: Path) -> list[str]:
         if str(path) in line and "pytest" not in line:
             found.append(line)
     return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_demo_ends_its_server_when_it_is_told_to_end(tmp_path: Path, number: int) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "evalvault_sdk.cli", "demo", "--db", str(tmp_path / "x.db")],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    wait_for(lambda: (tmp_path / "x.db").exists(), 30)
+    demo.send_signal(number)
+    demo.communicate(timeout=30)
+    assert demo.returncode == 128 + number
+    assert not processes_that_name(tmp_path)
+
+
+def test_the_demo_works_behind_a_proxy_that_is_not_for_this_machine(tmp_path: Path) -> None:
+    done = command(
+        "demo", "--db", str(tmp_path / "x.db"), HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path, server: LiveServer) -> None:
+    done = command("serve", "--db", str(tmp_path / "x.db"), "--port", str(server.port))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: cannot listen on 127.0.0.1 port {server.port} (Address already in use)")
+    assert "docs" not in done.stdout
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, b'{"a": 1}'), (200, b"<html>"), (404, b'["not found"]')])
+def test_another_server_is_not_taken_for_ours(status: int, body: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        done = command("show", "r", "--url", f"http://127.0.0.1:{other.server_port}")
+        other.shutdown()
+    assert done.returncode == 1
+    assert "is not an EvalVault server" in done.stderr
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can(tmp_path: Path) -> None:
+    db = str(tmp_path / "x.db")
+    command("ingest", str(DATA / "r3_dense_faiss.jsonl"), "--db", db)
+    for encoding in ("ascii", "euc-kr"):
+        done = subprocess.run(
+            [sys.executable, "-m", "evalvault_sdk.cli", "show", "r3-dense-faiss-1767506494", "--db", db],
+            env={**clean_environment(), "PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"retrieval.latency_ms" in done.stdout
+
+
+def test_what_events_hold_does_not_steer_the_terminal(server: LiveServer) -> None:
+    run = f"run-{uuid.uuid4()}"
+    steering = "\x1b[2J\x1b]0;mine\x07"
+    server.post({"run_id": run, "stage_type": f"x{steering}", "stage_name": steering, "trace_id": steering})
+    shown = command("show", run, "--url", server.url)
+    assert shown.returncode == 0
+    assert not {"\x1b", "\x07"} & set(shown.stdout)
+
+
+def test_stages_that_are_each_others_parents_are_drawn(server: LiveServer) -> None:
+    run = f"run-{uuid.uuid4()}"
+    pair = [("left", "a", "b"), ("right", "b", "a")]
+    server.post(
+        {
+            "events": [
+                {"run_id": run, "stage_type": kind, "stage_id": own, "parent_stage_id": parent, "trace_id": "t"}
+                for kind, own, parent in pair
+            ]
+        }
+    )
+    waterfall = command("show", run, "--url", server.url).stdout.split("Trace t")[1]
+    assert waterfall.count("left") == waterfall.count("right") == 1
+
+
+def test_a_file_from_a_read_only_folder_can_be_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "carried"
+    folder.mkdir()
+    command("ingest", str(DATA / "run_20260103_001.jsonl"), "--db", str(folder / "x.db"))
+    before = (folder / "x.db").read_bytes()
+    folder.chmod(0o500)
+    try:
+        shown = command("show", "run_20260103_001", "--db", str(folder / "x.db"))
+    finally:
+        folder.chmod(0o700)
+    assert shown.returncode == 0, shown.stderr
+    assert (folder / "x.db").read_bytes() == before

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
+import orjson
 import pytest
 
 from evalvault_sdk import StageEvent
@@ -133,6 +135,23 @@ def test_no_attribute_however_odd_raises(stage_type: str, attributes: dict[str, 
     list(metrics_of(StageEvent(run_id="r", stage_type=stage_type, attributes=attributes)))
 
 
+@pytest.mark.parametrize(
+    ("stage_type", "attributes"),
+    [
+        ("retrieval", {"scores": [1e308, 1e308]}),
+        ("retrieval", {"scores": [1e308, -1e308]}),
+        ("rerank", {"input_count": 1e300, "output_count": 1}),
+        ("output", {"tokens_in": 1, "tokens_out": 1e25, "citations": {"count": 1e30}}),
+        ("safety_check", {"violation_count": 1e30}),
+        ("mine", {"huge": 1e308, "int": 10**300}),
+    ],
+)
+def test_huge_numbers_give_finite_scores_and_evidence_that_is_json(stage_type: str, attributes: dict[str, Any]) -> None:
+    for metric in metrics_of(StageEvent(run_id="r", stage_type=stage_type, attributes=attributes)):
+        assert math.isfinite(metric.score)
+        orjson.dumps(metric.to_dict())
+
+
 def test_a_missing_citation_list_says_so() -> None:
     assert evidence_of("output", "output.citation_count", {}) == {"count": 0, "missing": True}
     assert evidence_of("output", "output.citation_count", {"citations": []}) == {"count": 0}
@@ -142,7 +161,7 @@ def test_relevant_documents_come_from_the_event_its_metadata_or_the_test_case() 
     def recall(**fields: Any) -> float | None:
         attributes = {"doc_ids": ["a"], **fields.pop("attributes", {})}
         event = StageEvent(run_id="r", stage_type="retrieval", attributes=attributes, **fields)
-        scores = {m.metric_name: m.score for m in metrics_of(event, relevance={"t1": {"a", "b"}})}
+        scores = {m.metric_name: m.score for m in metrics_of(event, relevance={"t1": ["a", "b"]})}
         return scores.get("retrieval.recall_at_k")
 
     assert recall(metadata={"test_case_id": "t1"}) == 0.5

@@ -43,7 +43,9 @@ def test_the_longer_summary_has_error_rates_and_percentiles() -> None:
 
 def test_a_live_runs_own_summary_is_made_from_its_events() -> None:
     start, end = datetime(2026, 1, 7, tzinfo=timezone.utc), datetime(2026, 1, 7, 0, 1, 30, tzinfo=timezone.utc)
-    made = run_summary("r", RunTotals(events=5, errors=1, traces=2, started_at=start, finished_at=end))
+    made = run_summary(
+        "r", RunTotals(events=5, errors=1, traces=2, started_at=start, finished_at=end, slowest_trace_id="t")
+    )
     assert made == {
         "run_id": "r",
         "started_at": "2026-01-07T00:00:00+00:00",
@@ -52,8 +54,11 @@ def test_a_live_runs_own_summary_is_made_from_its_events() -> None:
         "total_events": 5,
         "total_traces": 2,
         "error_count": 1,
+        "slowest_trace_id": "t",
     }
-    unknown = run_summary("r", RunTotals(events=1, errors=0, traces=0, started_at=None, finished_at=end))
+    unknown = run_summary(
+        "r", RunTotals(events=1, errors=0, traces=0, started_at=None, finished_at=end, slowest_trace_id=None)
+    )
     assert (unknown["started_at"], unknown["duration_seconds"]) == (None, None)
 
 
@@ -123,7 +128,9 @@ def test_what_passes_or_has_no_threshold_is_not_recommended() -> None:
 
 def make_report(metrics: list[StageMetric], max_metrics: int = 100) -> dict[str, Any]:
     summary = summarize("r|1", [totals("retrieval", 2, 10.0), totals("a|b", 1)])
-    run = run_summary("r|1", RunTotals(events=3, errors=0, traces=1, started_at=None, finished_at=None))
+    run = run_summary(
+        "r|1", RunTotals(events=3, errors=0, traces=1, started_at=None, finished_at=None, slowest_trace_id=None)
+    )
     return debug_report(run, summary, metrics, max_metrics=max_metrics)
 
 
@@ -133,10 +140,15 @@ def test_a_report_judges_all_metrics_and_lists_the_first() -> None:
     assert len(report["stage_metrics"]) == 2
     assert report["run_summary"]["total_stage_metrics"] == 5
     assert "in 5 of 5 stages" in report["recommendations"][0]
+    assert report["failing_metrics"] == [
+        {"metric_name": "retrieval.recall_at_k", "failing": 5, "of": 5, "threshold": 0.6, "worst": 0.1}
+    ]
+    assert "| retrieval.recall_at_k | 5 | 5 | 0.6 | 0.1 |" in as_markdown(report)
     assert set(report) == {
         "run_summary",
         "stage_summary",
         "stage_metrics",
+        "failing_metrics",
         "bottlenecks",
         "recommendations",
         "phoenix_trace_url",
@@ -151,5 +163,5 @@ def test_a_report_reads_well_as_markdown() -> None:
     assert "| a\\|b | 1 | - |" in text
     assert "- no `output` stage was recorded" in text
     assert "- [p0_critical] retriever:" in text
-    assert "| retrieval.recall_at_k | 0.1 | 0.6 | s |" in text
+    assert "| retrieval.recall_at_k | 1 | 1 | 0.6 | 0.1 |" in text
     assert "None: every metric holds its threshold." in as_markdown(make_report([]))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import re
+import signal
 import socket
+import sqlite3
+import threading
+import time
 import uuid
 import zlib
 from pathlib import Path
@@ -14,6 +20,7 @@ from urllib.parse import quote
 import pytest
 import requests
 
+from evalvault_sdk import ConfigurationError
 from evalvault_sdk.server import create_app, create_router
 from tests.support import LiveServer, live_server
 
@@ -25,6 +32,33 @@ def run() -> str:
 
 def stage(run: str, number: int = 0, **fields: Any) -> dict[str, Any]:
     return {"run_id": run, "stage_type": "x", "stage_id": f"s{number}", **fields}
+
+
+async def ask_app(app: Any, body: Any, method: str = "POST", path: str = "/api/stage/events") -> tuple[int, Any]:
+    """Ask an ASGI app without a server."""
+    sent: list[Any] = []
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": [(b"content-type", b"application/json")],
+        "scheme": "http",
+        "server": ("x", 80),
+    }
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
 def test_one_event_is_stored_and_answered_as_the_plan_says(server: LiveServer, run: str) -> None:
@@ -107,6 +141,45 @@ def test_a_bad_event_alone_is_answered_with_the_plans_error(
     assert requests.get(f"{server.url}/api/stage/events/{run}", timeout=10).status_code == 404
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [126, 249, 250, 251, 252, 253, 254, 300, 900])
+def test_nesting_that_could_not_be_given_back_is_not_taken(server: LiveServer, run: str, depth: int) -> None:
+    deep = stage(run, 1, attributes={"a": nested(depth)})
+    answer = server.post({"events": [stage(run, 0), deep, stage(run, 2)]}).json()
+    assert answer["stored"] + len(answer.get("rejected", ())) == 3
+    for rejected in answer.get("rejected", ()):
+        assert (rejected["index"], rejected["stage_id"]) == (1, "s1")
+        assert "attributes is nested too deeply" in rejected["details"]
+    assert server.get(f"events/{run}")["total"] == answer["stored"]
+    assert server.get(f"debug/{run}")["run_summary"]["total_events"] == answer["stored"]
+
+
+def test_an_integer_beyond_all_floats_costs_its_own_event_only(server: LiveServer, run: str) -> None:
+    body = json.dumps({"events": [stage(run, 0), stage(run, 1, attributes={"n": 7}), stage(run, 2)]})
+    for digits, stored in ((25, 3), (5000, 2)):
+        answer = server.post(body.replace('"n": 7', '"n": ' + "9" * digits).encode()).json()
+        assert answer["stored"] == stored, answer
+    mixed = body.replace('"n": 7', '"n": ' + "9" * 25).replace(
+        '"stage_id": "s2"', '"stage_id": "s2", "duration_ms": NaN'
+    )
+    answer = server.post(mixed.encode()).json()
+    assert (answer["stored"], answer["rejected"][0]["index"], answer["rejected"][0]["stage_id"]) == (2, 2, "s2")
+    server.get(f"events/{run}")
+
+
+def test_an_event_with_huge_numbers_does_not_cost_its_run_the_report(server: LiveServer, run: str) -> None:
+    server.post(stage(run, 1, stage_type="retrieval", attributes={"scores": [1e308, 1e308]}))
+    server.post(stage(run, 2, stage_type="rerank", attributes={"input_count": 1e300, "output_count": 1}))
+    server.get(f"metrics/{run}")
+    server.get(f"debug/{run}")
+
+
 @pytest.mark.parametrize("event", [None, 7, "text", [], [[]]])
 def test_what_is_no_event_is_refused_where_it_stands(server: LiveServer, run: str, event: Any) -> None:
     answer = server.post({"events": [event, stage(run)]}).json()
@@ -156,6 +229,15 @@ def test_a_body_over_the_limit_is_refused_while_it_comes(server: LiveServer) -> 
     assert response.json()["limit_bytes"] == 16 << 20
 
 
+def test_a_small_body_that_would_be_large_in_memory_is_refused_before_it_is_parsed(server: LiveServer) -> None:
+    bomb = gzip.compress(b'{"events":[' + b"{}," * 5_000_000 + b"{}]}")
+    response = server.post(bomb, headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 413
+    assert response.json()["limit_containers"] == 500_000
+    peak_kib = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])  # type: ignore[index]
+    assert peak_kib < 500 << 10
+
+
 def test_gzip_is_understood_and_a_bomb_is_not_unpacked(server: LiveServer, run: str) -> None:
     packed = gzip.compress(json.dumps(stage(run)).encode())
     headers = {"Content-Encoding": "gzip"}
@@ -164,8 +246,11 @@ def test_gzip_is_understood_and_a_bomb_is_not_unpacked(server: LiveServer, run: 
     small = b"".join(bomb.compress(b" " * (1 << 20)) for _ in range(1000)) + bomb.flush()
     response = server.post(small, headers=headers)
     assert (len(small) < 2 << 20, response.status_code) == (True, 413)
-    assert response.json()["limit_bytes"] == 64 << 20
-    for body in (b"not gzip", packed[:-10], packed[:30]):
+    assert response.json()["limit_bytes"] == 32 << 20
+    halves = json.dumps(stage(run, 2)).encode()
+    members = gzip.compress(halves[:20]) + gzip.compress(halves[20:])
+    assert server.post(members, headers=headers).json()["stored"] == 1, "a gzip file may have several members"
+    for body in (b"not gzip", packed[:-10], packed[:30], packed + b"garbage"):
         response = server.post(body, headers=headers)
         assert response.status_code == 400
         assert "gzip" in response.json()["error"]
@@ -175,6 +260,7 @@ def test_gzip_is_understood_and_a_bomb_is_not_unpacked(server: LiveServer, run: 
     ("headers", "words"),
     [
         ({"Content-Type": "text/xml"}, "Content-Type must be application/json"),
+        ({"Content-Type": ""}, "Content-Type must be application/json"),
         ({"Content-Encoding": "br"}, "Content-Encoding must be gzip or absent"),
     ],
 )
@@ -273,7 +359,9 @@ def test_health_openapi_and_unknown_paths(server: LiveServer) -> None:
     for path in ("events", "metrics", "summary", "debug"):
         answers = schema["paths"][f"/api/stage/{path}/{{run_id}}"]["get"]["responses"]
         assert answers["200"]["content"]["application/json"]["example"]
-        assert "404" in answers
+        for status in ("401", "404", "422", "503"):
+            assert answers[status]["content"]["application/json"]["schema"]["required"] == ["error", "details"]
+    assert "HTTPValidationError" not in json.dumps(schema["paths"])
     assert requests.get(f"{server.url}/docs", timeout=10).ok
     nowhere = requests.get(f"{server.url}/api/stage/nowhere", timeout=10)
     assert (nowhere.status_code, nowhere.json()["error"]) == (404, "Not Found")
@@ -284,6 +372,12 @@ def test_health_openapi_and_unknown_paths(server: LiveServer) -> None:
 def test_a_token_is_asked_of_every_request(tmp_path: Path, run: str) -> None:
     with live_server(tmp_path / "x.db", "--token", "s3cret") as server:
         paths = ["events/r", "metrics/r", "summary/r", "debug/r"]
+        assert (
+            "HTTPBearer"
+            in requests.get(f"{server.url}/openapi.json", timeout=10).json()["components"]["securitySchemes"]
+        )
+        bad_query = requests.get(f"{server.url}/api/stage/events/r?limit=x", timeout=10)
+        assert bad_query.status_code == 401, "who may not ask is not told what is wrong with the question"
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
             refused = server.post(stage(run), headers=headers)
             assert refused.status_code == 401
@@ -316,9 +410,7 @@ def test_nothing_of_the_content_is_logged(tmp_path: Path, run: str) -> None:
 
 
 def test_the_router_keeps_its_answers_in_another_app(tmp_path: Path, run: str) -> None:
-    import asyncio
-
-    from fastapi import FastAPI
+    from fastapi import Depends, FastAPI, HTTPException
 
     from evalvault_sdk.server.store import open_store
 
@@ -326,36 +418,21 @@ def test_the_router_keeps_its_answers_in_another_app(tmp_path: Path, run: str) -
     app = FastAPI()
     app.include_router(create_router(store), prefix="/evalvault")
 
-    async def ask(method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
-        sent: list[Any] = []
-        path, _, query = path.partition("?")
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": query.encode(),
-            "headers": [],
-            "scheme": "http",
-            "server": ("x", 80),
-        }
+    def refuse() -> None:
+        raise HTTPException(401, "who are you?", {"WWW-Authenticate": "Bearer"})
 
-        async def receive() -> Any:
-            return {"type": "http.request", "body": body}
+    app.include_router(create_router(store), prefix="/guarded", dependencies=[Depends(refuse)])
 
-        async def send(message: Any) -> None:
-            sent.append(message)
+    def ask(method: str, path: str, body: Any = None) -> Any:
+        return ask_app(app, body, method, path)
 
-        await app(scope, receive, send)
-        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
-
-    assert asyncio.run(ask("POST", "/evalvault/api/stage/events", json.dumps(stage(run)).encode()))[0] == 200
+    assert asyncio.run(ask("POST", "/evalvault/api/stage/events", stage(run)))[0] == 200
     assert asyncio.run(ask("GET", f"/evalvault/api/stage/summary/{run}"))[1]["total_events"] == 1
     assert asyncio.run(ask("GET", "/evalvault/api/stage/events/nobody"))[1]["error"] == "Run not found"
     status, answer = asyncio.run(ask("GET", f"/evalvault/api/stage/events/{run}?limit=x"))
     assert (status, answer["error"]) == (422, "Invalid request")
+    status, answer = asyncio.run(ask("GET", f"/guarded/api/stage/summary/{run}"))
+    assert (status, answer) == (401, {"error": "Unauthorized", "details": "who are you?"})
     store.close()
 
 
@@ -366,3 +443,64 @@ def test_create_app_serves_a_store_that_somebody_else_made(tmp_path: Path) -> No
     app = create_app(store=store)
     assert "/api/stage/events" in app.openapi()["paths"]
     store.close()
+
+
+def test_a_blank_token_guards_nothing_and_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="token is empty"):
+        create_app(str(tmp_path / "x.db"), token=" ")
+
+
+def test_a_failing_database_is_an_answer_and_a_line_in_the_log(tmp_path: Path, run: str) -> None:
+    with live_server(tmp_path / "x.db") as server:
+        server.post(stage(run))
+        for file in tmp_path.glob("x.db*"):
+            file.rename(f"{file}.away")
+        response = server.post(stage(run))
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+        assert response.json()["error"] == "Database unavailable"
+        assert requests.get(f"{server.url}/api/stage/summary/{run}", timeout=10).status_code == 503
+        for file in tmp_path.glob("*.away"):
+            file.rename(str(file).removesuffix(".away"))
+        assert server.post(stage(run, 2)).status_code == 200
+        assert server.get(f"events/{run}")["total"] == 2
+        server.stop()
+        assert "x.db failed" in server.db.with_suffix(".log").read_text()
+
+
+def test_requests_beyond_what_may_wait_are_told_to_come_again(tmp_path: Path, run: str) -> None:
+    from evalvault_sdk.server.ingest import IngestLimits
+
+    status, answer = asyncio.run(
+        ask_app(create_app(str(tmp_path / "x.db"), limits=IngestLimits(max_waiting_requests=0)), stage(run))
+    )
+    assert (status, answer["error"]) == (503, "Overloaded")
+
+
+def test_sigkill_under_load_costs_nothing_that_was_acknowledged(tmp_path: Path, run: str) -> None:
+    acknowledged: set[str] = set()
+
+    def post_until_it_dies(server: LiveServer, worker: int) -> None:
+        for step in range(10_000):
+            ids = [f"{worker}-{step}-{number}" for number in range(20)]
+            try:
+                response = server.post({"events": [stage(run) | {"stage_id": stage_id} for stage_id in ids]})
+            except requests.RequestException:
+                return
+            if response.status_code == 200:
+                acknowledged.update(ids)
+
+    for _ in range(3):
+        server = LiveServer(tmp_path / "x.db")
+        threads = [threading.Thread(target=post_until_it_dies, args=(server, worker)) for worker in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.7)
+        server.stop(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    assert len(acknowledged) > 500
+    with sqlite3.connect(tmp_path / "x.db") as db:
+        stored = {stage_id for (stage_id,) in db.execute("SELECT stage_id FROM stage_events")}
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    db.close()
+    assert acknowledged <= stored

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,21 @@ def store(path: Path) -> Iterator[Store]:
     opened.close()
 
 
+def now(store: Store) -> Any:
+    """Ask a new snapshot one question; what it yields is listed before the snapshot ends."""
+
+    class Ask:
+        def __getattr__(self, question: str) -> Any:
+            def ask(*values: Any, **named: Any) -> Any:
+                with store.snapshot() as view:
+                    answer = getattr(view, question)(*values, **named)
+                    return list(answer) if isinstance(answer, Iterator) else answer
+
+            return ask
+
+    return Ask()
+
+
 def event(number: int = 0, **fields: Any) -> StageEvent:
     return StageEvent(**{"run_id": "r", "stage_type": "x", "stage_id": f"s{number}", **fields})
 
@@ -53,40 +70,40 @@ def test_what_is_stored_comes_back_field_by_field(store: Store) -> None:
     )
     minimal = event(1)
     store.save([full, minimal])
-    assert list(store.events("r")) == [full, minimal]
+    assert list(now(store).events("r")) == [full, minimal]
 
 
 def test_storing_again_replaces_and_keeps_the_place(store: Store) -> None:
     store.save([event(1), event(2)])
     store.save([event(1, attributes={"new": 1})])
-    assert [(e.stage_id, e.attributes) for e in store.events("r")] == [("s1", {"new": 1}), ("s2", {})]
+    assert [(e.stage_id, e.attributes) for e in now(store).events("r")] == [("s1", {"new": 1}), ("s2", {})]
 
 
 def test_the_same_stage_id_in_two_runs_is_two_events(store: Store) -> None:
     store.save([event(1), event(1, run_id="other")])
-    assert (store.count("r"), store.count("other")) == (1, 1)
+    assert (now(store).count("r"), now(store).count("other")) == (1, 1)
 
 
 def test_the_last_of_equal_ids_in_one_batch_wins(store: Store) -> None:
     store.save([event(1, status="first"), event(1, status="second")])
-    assert [e.status for e in store.events("r")] == ["second"]
+    assert [e.status for e in now(store).events("r")] == ["second"]
 
 
 def test_events_are_found_by_type_and_trace_and_limited(store: Store) -> None:
     store.save([event(n, stage_type="ab"[n % 2], trace_id=f"t{n % 3}") for n in range(12)])
-    assert [e.stage_id for e in store.events("r", stage_type="a")] == ["s0", "s2", "s4", "s6", "s8", "s10"]
-    assert [e.stage_id for e in store.events("r", stage_type="a", trace_id="t0")] == ["s0", "s6"]
-    assert [e.stage_id for e in store.events("r", limit=2)] == ["s0", "s1"]
-    assert store.count("r") == 12
-    assert store.count("r", stage_type="b", trace_id="t1") == 2
-    assert list(store.events("nobody")) == []
+    assert [e.stage_id for e in now(store).events("r", stage_type="a")] == ["s0", "s2", "s4", "s6", "s8", "s10"]
+    assert [e.stage_id for e in now(store).events("r", stage_type="a", trace_id="t0")] == ["s0", "s6"]
+    assert [e.stage_id for e in now(store).events("r", limit=2)] == ["s0", "s1"]
+    assert now(store).count("r") == 12
+    assert now(store).count("r", stage_type="b", trace_id="t1") == 2
+    assert list(now(store).events("nobody")) == []
 
 
 def test_totals_are_those_worked_out_by_hand(store: Store) -> None:
     durations = [float(ms) for ms in range(1, 101)]
     store.save([event(n, stage_type="timed", duration_ms=ms) for n, ms in enumerate(reversed(durations))])
     store.save([event(1000 + n, stage_type="untimed", status="error" if n else "success") for n in range(3)])
-    timed, untimed = store.stage_type_totals("r")
+    timed, untimed = now(store).stage_type_totals("r")
     assert (timed.stage_type, timed.events, timed.errors, timed.mean_ms) == ("timed", 100, 0, 50.5)
     assert (timed.p50_ms, timed.p95_ms, timed.p99_ms) == (50, 95, 99)
     assert (untimed.stage_type, untimed.events, untimed.errors, untimed.mean_ms, untimed.p95_ms) == (
@@ -96,12 +113,12 @@ def test_totals_are_those_worked_out_by_hand(store: Store) -> None:
         None,
         None,
     )
-    assert store.stage_type_totals("nobody") == []
+    assert now(store).stage_type_totals("nobody") == []
 
 
 def test_a_percentile_of_one_is_that_one(store: Store) -> None:
     store.save([event(duration_ms=7)])
-    (only,) = store.stage_type_totals("r")
+    (only,) = now(store).stage_type_totals("r")
     assert (only.p50_ms, only.p95_ms, only.p99_ms) == (7, 7, 7)
 
 
@@ -111,16 +128,18 @@ def test_the_run_spans_first_start_to_last_finish_whatever_the_offsets(store: St
         [
             event(1, trace_id="a", started_at=NOON.astimezone(seoul), finished_at=NOON + timedelta(seconds=1)),
             event(2, trace_id="a", started_at=NOON - timedelta(seconds=1), status="error"),
-            event(3, trace_id="b", finished_at=(NOON + timedelta(seconds=2)).astimezone(seoul)),
-            event(4),
+            event(3, trace_id="b", finished_at=(NOON + timedelta(seconds=2)).astimezone(seoul), duration_ms=7000),
+            event(4, duration_ms=9000),
         ]
     )
-    totals = store.run_totals("r")
+    totals = now(store).run_totals("r")
     assert (totals.events, totals.errors, totals.traces) == (4, 1, 2)
+    assert totals.slowest_trace_id == "b"
     assert totals.started_at == NOON - timedelta(seconds=1)
     assert totals.finished_at == NOON + timedelta(seconds=2)
-    nobody = store.run_totals("nobody")
+    nobody = now(store).run_totals("nobody")
     assert (nobody.events, nobody.errors, nobody.traces, nobody.started_at) == (0, 0, 0, None)
+    assert nobody.slowest_trace_id is None
 
 
 def test_a_batch_is_stored_whole_or_not_at_all(store: Store) -> None:
@@ -128,9 +147,9 @@ def test_a_batch_is_stored_whole_or_not_at_all(store: Store) -> None:
     object.__setattr__(unstorable, "attempt", 2**70)
     with pytest.raises((StoreError, OverflowError)):
         store.save([event(1), unstorable])
-    assert store.count("r") == 0
+    assert now(store).count("r") == 0
     store.save([event(1)])
-    assert store.count("r") == 1
+    assert now(store).count("r") == 1
 
 
 def test_threads_may_save_and_read_at_once(store: Store) -> None:
@@ -140,8 +159,8 @@ def test_threads_may_save_and_read_at_once(store: Store) -> None:
         try:
             for step in range(20):
                 store.save([event(number * 1000 + step * 10 + n) for n in range(10)])
-                list(store.events("r", limit=5))
-                store.stage_type_totals("r")
+                list(now(store).events("r", limit=5))
+                now(store).stage_type_totals("r")
         except BaseException as fault:
             faults.append(fault)
 
@@ -151,7 +170,7 @@ def test_threads_may_save_and_read_at_once(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert faults == []
-    assert store.count("r") == 4 * 20 * 10
+    assert now(store).count("r") == 4 * 20 * 10
 
 
 # -- what is SQLite's own
@@ -212,11 +231,12 @@ def test_a_file_that_evalvault_wrote_is_served_row_by_row_even_where_it_is_laxer
         )
     db.close()
     store = open_store(str(path))
-    first, second, third = store.events("r")
+    first, second, third = now(store).events("r")
     assert first.started_at == datetime(2026, 1, 4, 16, 15, 49, 330303, tzinfo=timezone.utc)
     assert (second.stage_id, second.finished_at, second.status) == ("s2", None, "success")
-    assert (third.stage_id, third.started_at, third.attributes, third.attempt) == ("s3", None, {}, 1)
-    assert store.run_totals("r").events == 3
+    assert (third.stage_id, third.started_at, third.attempt) == ("s3", None, 1)
+    assert third.attributes == {"unreadable": "not json"}
+    assert now(store).run_totals("r").events == 3
     store.close()
 
 
@@ -225,7 +245,7 @@ def test_a_file_can_be_opened_again_and_by_two_at_once(path: Path) -> None:
     first.save([event(1)])
     second = open_store(f"sqlite://{path}")
     second.save([event(2)])
-    assert first.count("r") == second.count("r") == 2
+    assert now(first).count("r") == now(second).count("r") == 2
     first.close()
     second.close()
 
@@ -237,8 +257,9 @@ def test_what_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
     text.write_text("this is no database, but it is long enough to be taken for one" * 20)
     with pytest.raises(StoreError, match="not a database"):
         open_store(str(text))
-    with pytest.raises(ConfigurationError, match="redis://"):
-        open_store("redis://localhost")
+    for address in ("redis://localhost", ":memory:", "sqlite://", ""):
+        with pytest.raises(ConfigurationError, match="give the path of a file"):
+            open_store(address)
 
 
 def test_a_locked_file_is_an_error_after_a_while_and_works_again_later(
@@ -253,5 +274,99 @@ def test_a_locked_file_is_an_error_after_a_while_and_works_again_later(
     other.execute("ROLLBACK")
     other.close()
     store.save([event()])
-    assert store.count("r") == 1
+    assert now(store).count("r") == 1
+    store.close()
+
+
+def test_a_snapshot_does_not_change_while_it_is_read(store: Store) -> None:
+    store.save([event(1)])
+    with store.snapshot() as view:
+        assert view.count("r") == 1
+        store.save([event(2)])
+        assert view.count("r") == 1
+        assert len(list(view.events("r"))) == 1
+    assert now(store).count("r") == 2
+
+
+def test_one_stage_is_found_by_its_id(store: Store) -> None:
+    store.save([event(1), event(2)])
+    assert [e.stage_id for e in now(store).events("r", stage_id="s2")] == ["s2"]
+
+
+def test_writing_waits_for_a_lock_no_longer_than_reading_can_bear(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalvault_sdk.server.store.sqlite._BUSY_TIMEOUT_S", 0.3)
+    store = open_store(str(path))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    errors: list[StoreError] = []
+
+    def save() -> None:
+        try:
+            store.save([event()])
+        except StoreError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(10)]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    assert now(store).count("r") == 0, "reading does not wait for writing"
+    assert time.monotonic() - started < 0.25
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 2, "they do not queue up one timeout behind the other"
+    assert len(errors) == 10
+    other.close()
+    store.close()
+
+
+def test_a_file_that_is_taken_away_is_an_error_and_does_not_come_back(store: Store, path: Path) -> None:
+    store.save([event()])
+    for file in list(path.parent.iterdir()):
+        file.unlink()
+    with pytest.raises(StoreError):
+        store.save([event()])
+    with pytest.raises(StoreError):
+        now(store).count("r")
+    assert not path.exists()
+    path.write_bytes(b"")
+    with pytest.raises(StoreError, match="replaced"):
+        store.save([event()])
+
+
+def test_looking_at_a_file_changes_nothing(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute((files("evalvault_sdk.server.store") / "sql/sqlite_0001_stage_tables.sql").read_text().split(";")[0])
+        db.execute("INSERT INTO stage_events (run_id, stage_type, stage_id) VALUES ('r', 'x', 's')")
+    db.close()
+    before = path.read_bytes()
+    store = open_store(str(path), read_only=True)
+    assert now(store).count("r") == 1
+    with pytest.raises(StoreError, match="reading only"):
+        store.save([event()])
+    store.close()
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_looking_at_another_programs_file_is_an_error(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE t (x)")
+    db.close()
+    with pytest.raises(StoreError, match="no database of EvalVault's"):
+        open_store(str(path), read_only=True)
+
+
+def test_values_that_cannot_be_answered_are_served_as_text(path: Path) -> None:
+    open_store(str(path)).close()
+    texts = ['{"n": 123456789012345678901234567890}', '{"s": "\\ud800"}', '{"d": ' + "[" * 300 + "]" * 300 + "}"]
+    with sqlite3.connect(path) as db:
+        for number, text in enumerate(texts):
+            db.execute(
+                "INSERT INTO stage_events (run_id, stage_type, stage_id, attributes) VALUES ('r', 'x', ?, ?)",
+                (number, text),
+            )
+    db.close()
+    store = open_store(str(path))
+    assert [e.attributes for e in now(store).events("r")] == [{"unreadable": text} for text in texts]
     store.close()

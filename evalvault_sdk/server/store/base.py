@@ -10,6 +10,7 @@ Every method may be called from any thread. All raise `StoreError` when the data
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Protocol
 
@@ -41,6 +42,32 @@ class RunTotals:
     #: The first start and the last finish of any stage.
     started_at: datetime | None
     finished_at: datetime | None
+    #: The trace with the stage that took longest.
+    slowest_trace_id: str | None
+
+
+class Snapshot(Protocol):
+    """What a store held at one instant: everything asked of it fits together."""
+
+    def events(
+        self,
+        run_id: str,
+        *,
+        stage_type: str | None = None,
+        trace_id: str | None = None,
+        stage_id: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[StageEvent]:
+        """Yield a run's events, those of one type, trace or stage if given, in the order first stored."""
+
+    def count(self, run_id: str, *, stage_type: str | None = None, trace_id: str | None = None) -> int:
+        """Return how many events `events` would yield without a limit."""
+
+    def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
+        """Return the totals of each stage type, in the order in which the types first appeared."""
+
+    def run_totals(self, run_id: str) -> RunTotals:
+        """Return the totals of a run; all zero for one without events."""
 
 
 class Store(Protocol):
@@ -52,24 +79,8 @@ class Store(Protocol):
     def save(self, events: Sequence[StageEvent]) -> None:
         """Store all `events`, each replacing what has its run and stage id. When it returns, they are durable."""
 
-    def events(
-        self,
-        run_id: str,
-        *,
-        stage_type: str | None = None,
-        trace_id: str | None = None,
-        limit: int | None = None,
-    ) -> Iterator[StageEvent]:
-        """Yield a run's events, of one type or trace if given, at most `limit`, in the order first stored."""
-
-    def count(self, run_id: str, *, stage_type: str | None = None, trace_id: str | None = None) -> int:
-        """Return how many events `events` would yield without a limit."""
-
-    def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
-        """Return the totals of each stage type, in the order in which the types first appeared."""
-
-    def run_totals(self, run_id: str) -> RunTotals:
-        """Return the totals of a run; all zero for one without events."""
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """Return what is stored now, to be read as long as the context lasts."""
 
     def close(self) -> None:
         """Finish what was begun and let go of files and connections."""
