@@ -93,7 +93,7 @@ def test_the_core_alone_sends_a_trace(wheel: Path, tmp_path: Path, server: LiveS
     installed = {package["name"].lower().replace("_", "-") for package in listed}
     assert installed - {"pip", "setuptools", "wheel", "evalvault-sdk"} <= CORE | {"typing-extensions"}
     assert "pip install 'evalvault-sdk[cli]'" in environment.run("evalvault-sdk", "--version", status=1)
-    missing = environment.run("python", "-c", "import evalvault_sdk.server", status=1)
+    missing = environment.run("python", "-c", "from evalvault_sdk.server import create_app", status=1)
     assert "pip install 'evalvault-sdk[server]'" in missing
 
 
