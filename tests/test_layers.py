@@ -26,6 +26,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "fastapi": {"server/app.py", "server/routes.py"},
     "starlette": {"server/app.py", "server/routes.py"},
+    "fastapi_offline": {"server/app.py"},
     "uvicorn": {"server/app.py"},
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 import attrs
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from evalvault_sdk import __version__
@@ -51,7 +52,7 @@ def create_app(
             if store is None:
                 kept.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # a FastAPI whose /docs needs no CDN: closed networks are normal
         title="EvalVault stage events",
         version=__version__,
         description="Receives the stages of RAG programs as they run, and says what was slow, failed or missing.",

@@ -362,7 +362,10 @@ def test_health_openapi_and_unknown_paths(server: LiveServer) -> None:
         for status in ("401", "404", "422", "503"):
             assert answers[status]["content"]["application/json"]["schema"]["required"] == ["error", "details"]
     assert "HTTPValidationError" not in json.dumps(schema["paths"])
-    assert requests.get(f"{server.url}/docs", timeout=10).ok
+    docs = requests.get(f"{server.url}/docs", timeout=10).text
+    assert not re.search(r"(src|href)=\"https?://", docs), "closed networks have no CDN"
+    for asset in re.findall(r'(?:src|href)="(/[^"]+)"', docs):
+        assert requests.get(f"{server.url}{asset}", timeout=10).ok
     nowhere = requests.get(f"{server.url}/api/stage/nowhere", timeout=10)
     assert (nowhere.status_code, nowhere.json()["error"]) == (404, "Not Found")
     wrong = requests.put(f"{server.url}/api/stage/events", timeout=10)
