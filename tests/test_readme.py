@@ -16,10 +16,25 @@ from evalvault_sdk.delivery.account import DropReason
 from tests.support import ROOT, LiveServer, clean_environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+KOREAN = (ROOT / "README.ko.md").read_text(encoding="utf-8")
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code_blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_korean_twin_says_the_same() -> None:
+    assert code_blocks("python", KOREAN) == code_blocks("python")
+    commands = re.compile(r"^\$ [^#\n]*", flags=re.MULTILINE)
+    assert commands.findall(KOREAN) == commands.findall(README)
+    assert len(re.findall(r"^## ", KOREAN, flags=re.MULTILINE)) == len(re.findall(r"^## ", README, flags=re.MULTILINE))
+
+    def first_cells(text: str) -> list[str]:
+        """What a table names, without what it says of it; of settings also variable and default."""
+        rows = re.findall(r"^\| `.*", text, flags=re.MULTILINE)
+        return [" | ".join(row.split(" | ")[: 3 if row.count(" | ") == 3 else 1]) for row in rows]
+
+    assert first_cells(KOREAN) == first_cells(README)
 
 
 def settings_row(field: attrs.Attribute[Any]) -> str:
