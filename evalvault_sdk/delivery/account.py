@@ -80,6 +80,10 @@ class Account:
     """
 
     def __init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Begin at nothing, with a lock of one's own: at first, and in a forked child."""
         # Reentrant: a finalizer or a signal handler that runs while this thread holds the lock may itself
         # record a stage. For its sake, too, recording changes nothing but `waiting`, in one step.
         self.lock = threading.RLock()

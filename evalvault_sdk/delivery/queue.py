@@ -60,9 +60,6 @@ class EventQueue:
         wake_at_bytes: int,
     ) -> None:
         self._account = account
-        self._lock = account.lock
-        self._events = account.waiting
-        self._bytes = 0
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._max_event_bytes = min(max_event_bytes, max_bytes)
@@ -70,9 +67,16 @@ class EventQueue:
         self._wake_at_events = min(wake_at_events, (max_events + 1) // 2)
         self._wake_at_bytes = min(wake_at_bytes, max_bytes // 2)
         self._closed = False
-        self.wakeup = Wakeup()
         #: Called after a put, in the caller's thread, until it is set to None: it starts the worker.
         self.on_first_put: Callable[[], None] | None = None
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Begin with the account's own lock and events, which are new: at first, and in a forked child."""
+        self._lock = self._account.lock
+        self._events = self._account.waiting
+        self._bytes = 0
+        self.wakeup = Wakeup()
 
     def put(self, event: bytes) -> bool:
         """Take an event, or count it as dropped and return False."""

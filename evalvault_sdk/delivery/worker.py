@@ -7,6 +7,9 @@ Out:  every event delivered, rejected, or counted as dropped.
 One daemon thread per worker, started by the first event. Only whoever runs `_run` touches the transport:
 that thread, or at the very end of the interpreter, when no thread can be started any more, the one that
 shuts down. What was taken from the queue stays on the account as in flight until its outcome is known.
+
+A forked child has none of its parent's threads and all of its memory: its workers start over, empty, with
+locks and a connection of their own; what waited at the fork is the parent's to deliver.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import attrs
@@ -55,24 +61,41 @@ class Worker:
         self._flush_interval_s = settings.flush_interval_s
         self._shutdown_timeout_s = settings.shutdown_timeout_s
         self._clock = clock
+        self._retry_initial_s = settings.retry_initial_s
+        self._retry_max_s = settings.retry_max_s
+        self._closing = False
+        self._deadline = float("inf")
+        self._abandoned = False
+        self._start_over()
+        _all.add(self)
+
+    def _start_over(self) -> None:
+        """Make what belongs to one process: at first, and in a forked child."""
         self._hurry = Wakeup()
         self._retry = Retry(
-            initial_s=settings.retry_initial_s,
-            max_s=settings.retry_max_s,
+            initial_s=self._retry_initial_s,
+            max_s=self._retry_max_s,
             hurry=self._hurry,
             should_stop=self._out_of_time,
             ending=lambda: self._closing,
             on_failure=self._failed,
+            clock=self._clock,
         )
         self._starting = threading.Lock()
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = False
-        self._deadline = float("inf")
-        self._abandoned = False
         self._outage_since: float | None = None
-        self._log = Rarely(clock)
+        self._log = Rarely(self._clock)
         self._told_dropped: dict[str, int] = {}
+
+    def after_fork_in_child(self) -> None:
+        """Forget the parent's events, threads, locks and connection."""
+        self.account.start_over()
+        self.queue.start_over()
+        self._start_over()
+        self.queue.on_first_put = None if self._closing else self._start
+        with contextlib.suppress(Exception):
+            self._transport.close()  # of this process's copy; the parent's connection stays open
 
     # -- in the program's threads ---------------------------------------------------------------
 
@@ -133,6 +156,7 @@ class Worker:
                     return  # the interpreter is ending: flush and shutdown deliver in their own thread
                 finally:
                     _live.add(self)
+                    _end_with_multiprocessing()
                 self._thread = thread
             self.queue.on_first_put = None
         finally:
@@ -299,8 +323,9 @@ class Worker:
             say("%d events for %s were lost (%s)", count - told, self._transport.destination, reason)
 
 
-#: Workers that still have to be ended when the process ends.
+#: Workers that still have to be ended when the process ends, and all that there are.
 _live: set[Worker] = set()
+_all: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 def _end_all() -> None:
@@ -313,4 +338,22 @@ def _end_all() -> None:
             worker.shutdown(0.0)
 
 
+def _end_with_multiprocessing() -> None:
+    """End the workers of a multiprocessing child, which leaves without running what atexit has."""
+    process = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None:
+        return
+    from multiprocessing import util
+
+    util.Finalize(None, _end_all, exitpriority=0)
+
+
+def _after_fork_in_child() -> None:
+    _live.clear()
+    for worker in list(_all):
+        worker.after_fork_in_child()
+
+
 atexit.register(_end_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,106 @@
+"""Programs of several processes: each goes on recording, and nothing is sent twice or lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import uuid
+
+import pytest
+
+from tests.support import LiveServer, clean_environment
+
+FORK = """
+    import os, sys, time
+    from evalvault_sdk import StageTracer
+    tracer = StageTracer({run!r}, {url!r}, flush_interval_s={interval})
+
+    def record(who, count):
+        for number in range(count):
+            with tracer.stage("work", attributes={{"who": who, "number": number}}):
+                pass
+
+    record("before", 700)
+    {sleep}
+    children = []
+    for child in range(3):
+        pid = os.fork()
+        if pid == 0:
+            stats = tracer.stats()
+            assert stats.recorded == 0, "what waited is the parent's"
+            record(f"child {{child}}", 500)
+            report = tracer.shutdown(20)
+            assert report.complete and report.recorded == 500, report
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(pid)
+        record("parent", 100)
+    for pid in children:
+        assert os.waitpid(pid, 0)[1] == 0
+    record("after", 100)
+    report = tracer.shutdown(20)
+    assert report.complete and report.recorded == 700 + 300 + 100, report
+"""
+
+MULTIPROCESSING = """
+    import multiprocessing, sys
+    from evalvault_sdk import StageTracer
+
+    def work(number, run, url):
+        tracer = StageTracer(run, url, flush_interval_s=60) if shared is None else shared
+        for step in range(300):
+            with tracer.stage("work", attributes={{"number": number, "step": step}}):
+                pass
+        # The child just returns: neither flush nor shutdown.
+
+    shared = None
+    if __name__ == "__main__":
+        method = {method!r}
+        if method == "fork":
+            shared = StageTracer({run!r}, {url!r}, flush_interval_s=60)
+            shared.record_stage("parent")
+        context = multiprocessing.get_context(method)
+        processes = [context.Process(target=work, args=(number, {run!r}, {url!r})) for number in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0, process.exitcode
+"""
+
+
+def run_script(script: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", *arguments, script],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("waiting", ["all is still queued", "the thread is at work"])
+def test_parent_and_forked_children_go_on_recording(server: LiveServer, waiting: str) -> None:
+    run = f"run-{uuid.uuid4()}"
+    interval, sleep = (60, "") if waiting == "all is still queued" else (0.01, "time.sleep(0.5)")
+    script = textwrap.dedent(FORK.format(run=run, url=server.url, interval=interval, sleep=sleep))
+    run_script(script, "-c")
+    events = server.get(f"events/{run}", limit=10_000)["events"]
+    counts: dict[str, int] = {}
+    for event in events:
+        counts[event["attributes"]["who"]] = counts.get(event["attributes"]["who"], 0) + 1
+    assert counts == {"before": 700, "parent": 300, "after": 100, "child 0": 500, "child 1": 500, "child 2": 500}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_multiprocessing_child_that_just_returns_loses_nothing(
+    server: LiveServer, method: str, tmp_path: object
+) -> None:
+    run = f"run-{uuid.uuid4()}"
+    path = f"{tmp_path}/program.py"
+    with open(path, "w") as file:  # noqa: PTH123 - spawn imports the program again, by its path
+        file.write(textwrap.dedent(MULTIPROCESSING.format(run=run, url=server.url, method=method)))
+    run_script(path)
+    assert server.get(f"summary/{run}")["stage_type_counts"]["work"] == 900
