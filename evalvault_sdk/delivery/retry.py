@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.queue import Wakeup
 from evalvault_sdk.delivery.transport.base import Outcome, RetryLater
 
@@ -52,7 +53,8 @@ class Retry:
 
     def run(self, send: Callable[[], Outcome]) -> Outcome:
         """Call `send` until its outcome is no `RetryLater`, waiting in between."""
-        import tenacity  # with the first batch, not with the program's start
+        load("tenacity")
+        import tenacity
 
         jitter = tenacity.wait_random_exponential(multiplier=self._initial_s, max=self._max_s)
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.transport.base import (
     Delivered,
     Outcome,
@@ -67,6 +68,7 @@ class HttpTransport:
 
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         """Post the batch once; `timeout_s` shortens the timeouts of the settings."""
+        load("requests", "netrc", "encodings.idna")  # the last two requests itself imports late
         import requests
 
         body = batch.body()
