@@ -113,6 +113,9 @@ class MemoryTransport:
     def close(self) -> None:
         self.closed += 1
 
+    def after_fork_in_child(self) -> None:
+        self.batches.clear()
+
     @property
     def events(self) -> list[dict[str, Any]]:
         return [orjson.loads(event) for batch in self.batches for event in batch.events]

@@ -95,7 +95,7 @@ class Worker:
         self._start_over()
         self.queue.on_first_put = None if self._closing else self._start
         with contextlib.suppress(Exception):
-            self._transport.close()  # of this process's copy; the parent's connection stays open
+            self._transport.after_fork_in_child()
 
     # -- in the program's threads ---------------------------------------------------------------
 

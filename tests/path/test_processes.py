@@ -76,7 +76,7 @@ def run_script(script: str, *arguments: str) -> None:
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
@@ -92,6 +92,47 @@ def test_parent_and_forked_children_go_on_recording(server: LiveServer, waiting:
     for event in events:
         counts[event["attributes"]["who"]] = counts.get(event["attributes"]["who"], 0) + 1
     assert counts == {"before": 700, "parent": 300, "after": 100, "child 0": 500, "child 1": 500, "child 2": 500}
+
+
+def test_a_child_does_not_wait_for_locks_that_threads_of_its_parent_held(server: LiveServer) -> None:
+    run = f"run-{uuid.uuid4()}"
+    script = f"""
+        import gc, os, threading
+        from evalvault_sdk import StageTracer
+        tracer = StageTracer({run!r}, {server.url!r}, flush_interval_s=60)
+        tracer.record_stage("before")
+        assert tracer.flush(20).complete
+        manager = tracer._worker._transport._session.get_adapter({server.url!r}).poolmanager
+        locks = [manager.pools.lock, *(manager.pools[key].pool.mutex for key in manager.pools.keys())]
+        locks += [tracer._worker.account.lock, tracer._worker._starting]
+        held, release = threading.Event(), threading.Event()
+
+        def hold():
+            for lock in locks:
+                lock.acquire(timeout=1)
+            held.set()
+            release.wait()
+            for lock in reversed(locks):
+                lock.release()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            tracer.record_stage("child")
+            report = tracer.shutdown(10)
+            assert report.complete and report.recorded == 1, report
+        else:
+            assert os.waitpid(child, 0)[1] == 0
+            release.set()
+            holder.join()
+            tracer.record_stage("after")
+            assert tracer.flush(20).complete
+    """
+    run_script(textwrap.dedent(script), "-c")
+    assert server.get(f"summary/{run}")["stage_type_counts"] == {"before": 1, "child": 1, "after": 1}
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

@@ -71,3 +71,6 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Let go of connections and files. A later `send` may open them again."""
+
+    def after_fork_in_child(self) -> None:
+        """Let go of what is the parent's, without waiting for a lock: a thread that is not here may hold it."""

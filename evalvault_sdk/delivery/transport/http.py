@@ -111,6 +111,16 @@ class HttpTransport:
         if session is not None:
             session.close()
 
+    def after_fork_in_child(self) -> None:
+        """Close this process's copy of the parent's connection, whose locks nobody will release."""
+        session, self._session = self._session, None
+        if session is not None:
+            try:
+                _renew_locks(session)
+                session.close()
+            except Exception:  # noqa: BLE001 - another urllib3 than those we know: then it stays open
+                _inherited.append(session)
+
     def _open_session(self) -> requests.Session:
         import requests
 
@@ -124,6 +134,19 @@ class HttpTransport:
             # As `auth`, not as a header: requests lets a matching ~/.netrc entry overwrite the header.
             session.auth = _bearer(settings.token)
         return session
+
+
+#: Sessions of a parent that could not be closed: collecting them would wait for their locks.
+_inherited: list[requests.Session] = []
+
+
+def _renew_locks(session: requests.Session) -> None:
+    """Make new in place the locks in urllib3's pools, as the standard library does with its own after a fork."""
+    for adapter in session.adapters.values():
+        for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):  # type: ignore[attr-defined]
+            manager.pools.lock._at_fork_reinit()
+            for key in manager.pools.keys():  # noqa: SIM118 - urllib3's container refuses to be iterated
+                manager.pools[key].pool.mutex._at_fork_reinit()
 
 
 def _bearer(token: str) -> Any:
