@@ -22,6 +22,7 @@ from evalvault_sdk.server.ingest import IngestLimits
 from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS
 from evalvault_sdk.server.reader import RunReader
 from evalvault_sdk.server.routes import as_api_error, create_router, error_response, json_response
+from evalvault_sdk.server.security import check_token_setting
 from evalvault_sdk.server.store import open_store
 from evalvault_sdk.server.store.base import Store
 
@@ -42,6 +43,7 @@ def create_app(
     is. A `store` given instead stays its maker's to close. With `token` every request must bear it.
     Raises `StoreError` when the database cannot be opened, `ConfigurationError` for a blank token.
     """
+    token = check_token_setting(token)  # before anything is opened
     kept = store or open_store(db)
 
     @contextlib.asynccontextmanager

@@ -22,6 +22,8 @@ import requests
 
 from evalvault_sdk import ConfigurationError
 from evalvault_sdk.server import create_app, create_router
+from evalvault_sdk.server.ingest import IngestLimits
+from evalvault_sdk.server.store import open_store
 from tests.support import LiveServer, live_server
 
 
@@ -415,8 +417,6 @@ def test_nothing_of_the_content_is_logged(tmp_path: Path, run: str) -> None:
 def test_the_router_keeps_its_answers_in_another_app(tmp_path: Path, run: str) -> None:
     from fastapi import Depends, FastAPI, HTTPException
 
-    from evalvault_sdk.server.store import open_store
-
     store = open_store(str(tmp_path / "x.db"))
     app = FastAPI()
     app.include_router(create_router(store), prefix="/evalvault")
@@ -440,8 +440,6 @@ def test_the_router_keeps_its_answers_in_another_app(tmp_path: Path, run: str) -
 
 
 def test_create_app_serves_a_store_that_somebody_else_made(tmp_path: Path) -> None:
-    from evalvault_sdk.server.store import open_store
-
     store = open_store(str(tmp_path / "x.db"))
     app = create_app(store=store)
     assert "/api/stage/events" in app.openapi()["paths"]
@@ -471,12 +469,11 @@ def test_a_failing_database_is_an_answer_and_a_line_in_the_log(tmp_path: Path, r
 
 
 def test_requests_beyond_what_may_wait_are_told_to_come_again(tmp_path: Path, run: str) -> None:
-    from evalvault_sdk.server.ingest import IngestLimits
-
-    status, answer = asyncio.run(
-        ask_app(create_app(str(tmp_path / "x.db"), limits=IngestLimits(max_waiting_requests=0)), stage(run))
-    )
+    store = open_store(str(tmp_path / "x.db"))
+    app = create_app(store=store, limits=IngestLimits(max_waiting_requests=0))
+    status, answer = asyncio.run(ask_app(app, stage(run)))
     assert (status, answer["error"]) == (503, "Overloaded")
+    store.close()
 
 
 def test_sigkill_under_load_costs_nothing_that_was_acknowledged(tmp_path: Path, run: str) -> None:
