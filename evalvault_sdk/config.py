@@ -64,6 +64,11 @@ def _check_verify(_instance: Any, attribute: Any, value: Any) -> None:
         raise ConfigurationError(f"{attribute.name} must be True, False, or the path of a file or folder of CAs")
 
 
+def _check_path(_instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise ConfigurationError(f"{attribute.name} must be the path of a file")
+
+
 def _check_cert(_instance: Any, attribute: Any, value: Any) -> None:
     parts = (value,) if isinstance(value, str) else value
     if value is not None and not (
@@ -177,6 +182,20 @@ class Settings:
         default="http://localhost:8000",
         converter=_url,
         validator=_check_url,
+    )
+    file: str | None = _setting(
+        "EVALVAULT_FILE",
+        "Instead of sending: append events to this JSONL file, to be carried by hand and ingested elsewhere.",
+        default=None,
+        converter=_path,
+        validator=_check_path,
+    )
+    db_path: str | None = _setting(
+        "EVALVAULT_DB_PATH",
+        "Instead of sending: store events in this database file, without a server.",
+        default=None,
+        converter=_path,
+        validator=_check_path,
     )
     token: str | None = _setting(
         "EVALVAULT_API_TOKEN",
@@ -320,11 +339,18 @@ class Settings:
                 hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(fields)}"
                 raise ConfigurationError(f"there is no setting {name!r}{hint}")
         values = {name: value for name, value in given.items() if value is not None}
+        destinations = [name for name in _DESTINATIONS if name in values]
+        if len(destinations) > 1:
+            raise ConfigurationError(f"give one of {' and '.join(destinations)}: events go to one place")
+        # A place that the code names wins over one that a variable names.
+        kept_out = set(_DESTINATIONS) if destinations else set()
         from_environ: dict[str, str] = {}
         for name, field in fields.items():
             variable = field.metadata["env"]
             # A disabling variable is a switch for operators: it wins over what the code says.
             if variable is None or not environ.get(variable) or (name in values and name != "enabled"):
+                continue
+            if name in kept_out:
                 continue
             try:
                 value = field.metadata["read"](environ[variable])
@@ -332,6 +358,9 @@ class Settings:
                 raise ConfigurationError(f"the variable {variable} {error}") from None
             values[name] = value if name != "enabled" else value and values.get("enabled", True)
             from_environ[name] = variable
+        from_variables = [from_environ[name] for name in _DESTINATIONS if name in from_environ]
+        if len(from_variables) > 1:
+            raise ConfigurationError(f"set one of {' and '.join(from_variables)}: events go to one place")
         # Its validator says what to do; a program that is switched off need not have one.
         values.setdefault("run_id", None if values.get("enabled", True) else "disabled")
         try:
@@ -343,9 +372,15 @@ class Settings:
             raise ConfigurationError(f"{error} (from the variable {variable})") from None
 
 
+#: The settings that say where events go.
+_DESTINATIONS = ("api_url", "file", "db_path")
+
+
 class SettingArguments(TypedDict, total=False):
     """The settings as keyword arguments, so that type checkers know them; a test holds them against `Settings`."""
 
+    file: str | os.PathLike[str] | None
+    db_path: str | os.PathLike[str] | None
     token: str | None
     enabled: bool | None
     verify: bool | str | os.PathLike[str] | None

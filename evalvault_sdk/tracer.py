@@ -24,7 +24,9 @@ from evalvault_sdk.capture.stage import NOWHERE, StageContext, as_object, as_ref
 from evalvault_sdk.config import SettingArguments, Settings
 from evalvault_sdk.delivery.account import FlushReport, Stats
 from evalvault_sdk.delivery.transport.base import Transport
+from evalvault_sdk.delivery.transport.file import FileTransport
 from evalvault_sdk.delivery.transport.http import HttpTransport
+from evalvault_sdk.delivery.transport.store import StoreTransport
 from evalvault_sdk.delivery.worker import Worker
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of
@@ -43,7 +45,8 @@ class StageTracer:
     Make one per process and share it: it is safe in all threads and tasks. As a context manager it shuts
     itself down; otherwise the end of the process does, within `shutdown_timeout_s`.
 
-    `run_id` names what is analysed together, `api_url` is the server's address; every other setting is
+    `run_id` names what is analysed together, `api_url` is the server's address; with `file="events.jsonl"` or
+    `db_path="eval.db"` instead, events are written there and no server is needed. Every other setting is
     documented in `Settings` and can be given here, or as an `EVALVAULT_*` variable.
 
     Raises `ConfigurationError` when a setting is wrong.
@@ -58,7 +61,7 @@ class StageTracer:
         **settings: Unpack[SettingArguments],
     ) -> None:
         self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
-        self._worker = Worker(transport or HttpTransport(self.settings), self.settings)
+        self._worker = Worker(transport or _transport_for(self.settings), self.settings)
         sink = self._worker.queue if self.settings.enabled else NOWHERE.sink
         self._recorder = Recorder(self.settings.run_id, sink)
         # When nobody can record any more (tracer, open stages and decorated functions all refer to the
@@ -223,4 +226,12 @@ class StageTracer:
         self.shutdown()
 
     def __repr__(self) -> str:
-        return f"StageTracer(run_id={self.run_id!r}, api_url={self.settings.api_url!r})"
+        return f"StageTracer(run_id={self.run_id!r}, destination={self._worker.destination!r})"
+
+
+def _transport_for(settings: Settings) -> Transport:
+    if settings.file is not None:
+        return FileTransport(settings.file)
+    if settings.db_path is not None:
+        return StoreTransport(settings.db_path)
+    return HttpTransport(settings)

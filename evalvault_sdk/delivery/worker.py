@@ -97,6 +97,11 @@ class Worker:
         with contextlib.suppress(Exception):
             self._transport.after_fork_in_child()
 
+    @property
+    def destination(self) -> str:
+        """Where events go."""
+        return self._transport.destination
+
     # -- in the program's threads ---------------------------------------------------------------
 
     def flush(self, timeout_s: float) -> FlushReport:
