@@ -33,9 +33,11 @@ class Rarely:
         self._clock = clock
         self._said_at: dict[str, float] = {}
 
-    def warn(self, key: str, message: str, *values: object) -> None:
-        """Log a warning, unless one with the same key was logged within the last minute."""
+    def warn(self, key: str, message: str, *values: object) -> bool:
+        """Log a warning, unless one with the same key was logged within the last minute; say whether it was."""
         now = self._clock()
-        if now - self._said_at.get(key, float("-inf")) >= RARELY_S:
-            self._said_at[key] = now
-            warn(message, *values)
+        if now - self._said_at.get(key, float("-inf")) < RARELY_S:
+            return False
+        self._said_at[key] = now
+        warn(message, *values)
+        return True

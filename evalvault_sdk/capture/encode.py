@@ -106,7 +106,13 @@ class _Walk:
         self._open: set[int] = set()  # containers we are inside of: meeting one again is a cycle
 
     def plain(self, value: Any, depth: int) -> Any:
-        """Return `value` in terms of what orjson encodes without fail."""
+        """Return `value` in terms of what orjson encodes without fail; what cannot be looked at costs its own place."""
+        try:
+            return self._plain(value, depth)
+        except Exception:  # noqa: BLE001 - even isinstance() asks an object for its class: a dead weak proxy raises
+            return f"<{type(value).__qualname__} that cannot be shown>"
+
+    def _plain(self, value: Any, depth: int) -> Any:
         self._values_left -= 1
         if value is None or value is True or value is False:
             return value
@@ -139,8 +145,6 @@ class _Walk:
         self._open.add(id(value))
         try:
             return self._dict(value, depth) if isinstance(value, dict) else self._list(value, depth)
-        except Exception:  # noqa: BLE001 - a container of a user's own making
-            return f"<{type(value).__qualname__} that cannot be shown>"
         finally:
             self._open.discard(id(value))
 

@@ -33,8 +33,8 @@ class StageContext:
     As `with` or `async with`, entering starts the clock and makes the stage the parent of stages opened
     inside; leaving records it. As a decorator, every call is a stage of its own. What the code learns on
     the way goes into `attributes`, `metadata`, `stage_name`, `status`, `input_ref` and `output_ref`, which
-    may be changed until the block is left. Entering the same object again records another stage, as it was
-    when it was made.
+    may be changed until the block is left. Entering the same object again records another stage, with what was
+    given when it was made.
     """
 
     __slots__ = (
@@ -173,8 +173,12 @@ class StageContext:
     def __call__(self, function: F) -> F:
         """Decorate a function or a coroutine function: every call becomes a stage of its own."""
         name = self.stage_name or getattr(function, "__qualname__", type(function).__qualname__)
-        # What is called: of an object, its method.
-        called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+        # What is called in the end: below partials, and of an object its method.
+        called: Any = function
+        while isinstance(called, functools.partial):
+            called = called.func
+        if not inspect.isroutine(called):
+            called = getattr(called, "__call__", called)  # noqa: B004
         if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
             # Measuring only the call that makes the generator would record a false duration.
             raise TypeError(

@@ -134,7 +134,7 @@ def show(
     with _clear_errors():
         if not run_id.isprintable():
             raise EvalVaultError("the run id is no readable text")
-        source: Source = FileSource(db) if db else ServerSource(url or _DEFAULT_URL, token)
+        source: Source = FileSource(db) if db else ServerSource(url, token)
         draw.draw_stage_types(console, source.summary(run_id))
         report = source.debug(run_id)
         trace_id = trace or report["run_summary"]["slowest_trace_id"]
@@ -142,6 +142,8 @@ def show(
             events = source.events(run_id, trace_id=trace_id)
             if not events:
                 raise EvalVaultError(f"the run has no trace {trace_id}")
-            draw.draw_waterfall(console, events, trace_id)
+            draw.draw_waterfall(console, events, f"Trace {trace_id}")
+        else:
+            draw.draw_waterfall(console, draw.slowest_tree(source.events(run_id)), "Slowest stages (without trace ids)")
         draw.draw_failing(console, report)
         draw.draw_recommendations(console, report)

@@ -63,7 +63,7 @@ def run_demo(console: Console, db: Path) -> bool:
         console.print(f"{len(program.QUESTIONS)} questions answered in {took_s:.1f} s, index included.\n")
         draw_stage_types(console, summary)
         if trace_id is not None:
-            draw_waterfall(console, source.events(run_id, trace_id=trace_id), trace_id)
+            draw_waterfall(console, source.events(run_id, trace_id=trace_id), f"Trace {trace_id}")
         draw_failing(console, report)
         draw_recommendations(console, report)
         stored = summary["total_events"]

@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-_BAR_WIDTH = 24
+#: Cells of a waterfall's bars at least and at most, and of everything beside them.
+_MIN_BAR, _MAX_BAR, _BESIDE_BAR = 12, 40, 62
 #: Failing metrics listed at most.
 _MAX_FAILING = 12
 #: What a terminal takes as commands: whoever can send events must not steer the operator's.
@@ -57,22 +58,33 @@ def draw_stage_types(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(f"[yellow]Missing required stages:[/] {', '.join(missing)}")
 
 
-def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], trace_id: str) -> None:
-    """Draw the stages of one trace as a tree, each with a bar where it lies in time."""
+def slowest_tree(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the stages below the slowest root, for runs that were recorded without trace ids."""
+    trees: list[list[Mapping[str, Any]]] = []
+    for depth, event in _tree(events):
+        if depth == 0:
+            trees.append([])
+        trees[-1].append(event)
+    return max(trees, key=lambda tree: (max(event["duration_ms"] or 0.0 for event in tree), len(tree)))
+
+
+def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw stages as a tree, each with a bar where it lies in time; `title` says of what."""
     spans = [(_start(event), event) for event in events]
     starts = [start for start, _ in spans if start is not None]
     first = min(starts, default=0.0)
     ends = [start + (event["duration_ms"] or 0.0) for start, event in spans if start is not None]
     whole = max(max(ends, default=0.0) - first, 0.001)
 
-    table = Table(title=f"Trace {plain(trace_id)}", title_justify="left")
-    table.add_column("stage", no_wrap=True, overflow="ellipsis")
+    table = Table(title=plain(title), title_justify="left")
+    width = max(_MIN_BAR, min(_MAX_BAR, console.width - _BESIDE_BAR))
+    table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column(f"0 to {whole:,.2f} ms", no_wrap=True)
     table.add_column("outcome", min_width=8)
     for depth, event in _tree(events):
         start = _start(event)
-        bar = "" if start is None else _bar((start - first) / whole, (event["duration_ms"] or 0.0) / whole)
+        bar = "" if start is None else _bar(width, (start - first) / whole, (event["duration_ms"] or 0.0) / whole)
         name = f" {event['stage_name']}" if event["stage_name"] else ""
         outcome = event["status"]
         if outcome != "success":
@@ -94,10 +106,10 @@ def _start(event: Mapping[str, Any]) -> float | None:
     return datetime.fromisoformat(known).timestamp() * 1000 if known else None
 
 
-def _bar(offset: float, length: float) -> str:
-    before = min(round(offset * _BAR_WIDTH), _BAR_WIDTH - 1)
-    width = max(1, min(round(length * _BAR_WIDTH), _BAR_WIDTH - before))
-    return " " * before + ("█" * width if length else "│")
+def _bar(width: int, offset: float, length: float) -> str:
+    before = min(round(offset * width), width - 1)
+    filled = max(1, min(round(length * width), width - before))
+    return " " * before + ("█" * filled if length else "│")
 
 
 def _tree(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Mapping[str, Any]]]:

@@ -64,6 +64,7 @@ class ServerTarget:
             hurry=Wakeup(),
             should_stop=lambda: time.monotonic() >= self._deadline,
             ending=lambda: False,
+            urgent=lambda: False,
             on_failure=self._failed,
         )
 

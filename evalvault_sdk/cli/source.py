@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from evalvault_sdk.config import Settings
+from evalvault_sdk.delivery.transport.http import open_session, request_options
 from evalvault_sdk.errors import EvalVaultError
 from evalvault_sdk.server.reader import RunReader
 from evalvault_sdk.server.store import open_store
@@ -41,9 +43,9 @@ _EXPECTED = {"summary": "stage_types", "debug": "run_summary", "events": "events
 class ServerSource:
     """A running server."""
 
-    def __init__(self, url: str, token: str | None) -> None:
-        self.address = url.rstrip("/")
-        self._token = token
+    def __init__(self, url: str | None, token: str | None) -> None:
+        self._settings = Settings.resolve(run_id="show", api_url=url, token=token)
+        self.address = self._settings.api_url
 
     def summary(self, run_id: str) -> dict[str, Any]:
         """Return the summary with `stage_types`."""
@@ -64,14 +66,18 @@ class ServerSource:
 
         import requests
 
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         url = f"{self.address}/api/stage/{what}/{quote(run_id, safe='')}"
         try:
-            response = requests.get(url, params=query, headers=headers, timeout=30)
+            with open_session(self._settings) as session:
+                response = session.get(url, params=query, timeout=30, **request_options(self._settings))
             answer = response.json()
         except requests.JSONDecodeError:
             answer = None
-        except requests.RequestException as error:
+        except requests.exceptions.SSLError:
+            raise EvalVaultError(
+                f"the certificate of {self.address} is not trusted: set EVALVAULT_CA_BUNDLE to your CA's file"
+            ) from None
+        except (requests.RequestException, OSError) as error:
             raise EvalVaultError(
                 f"no server at {self.address} ({type(error).__name__}): start one with `evalvault-sdk serve`, "
                 "or give --url or --db"

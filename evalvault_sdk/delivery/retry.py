@@ -25,9 +25,10 @@ class Retry:
     """
     Send until the outcome is final, or until told to stop.
 
-    `hurry` ends our own part of the current wait: somebody waits for a flush, or the process ends. What the
-    server asked for is waited out, unless `ending` says that there is no later. `should_stop` is asked after
-    every failure; when it says yes, the failure is the outcome.
+    `hurry` ends our own part of the current wait, and `urgent` keeps the next ones short: somebody waits for a
+    flush, or the process ends. What the server asked for is waited out, unless `ending` says that there is no
+    later. No wait is longer than `left_s`. `should_stop` is asked after every failure; when it says yes, the
+    failure is the outcome.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Retry:
         hurry: Wakeup,
         should_stop: Callable[[], bool],
         ending: Callable[[], bool],
+        urgent: Callable[[], bool],
+        left_s: Callable[[], float] = lambda: float("inf"),
         on_failure: Callable[[RetryLater], None],
         wait: Callable[[float], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -46,6 +49,8 @@ class Retry:
         self._max_s = max_s
         self._should_stop = should_stop
         self._ending = ending
+        self._urgent = urgent
+        self._left_s = left_s
         self._on_failure = on_failure
         self._wait = wait or hurry.wait
         self._clock = clock
@@ -66,8 +71,13 @@ class Retry:
             return False
 
         def wait(state: tenacity.RetryCallState) -> float:
+            ours = jitter(state)
+            if self._urgent():
+                ours = min(ours, self._initial_s)
+            if self._ending() or not self._asked_s:
+                return ours
             # Jitter on top of what the server asks for keeps a fleet from coming back as one.
-            return self._asked_s + jitter(state) / 10 if self._asked_s else jitter(state)
+            return self._asked_s + ours / 10
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_result(failed),
@@ -81,7 +91,7 @@ class Retry:
 
     def _sleep(self, seconds: float) -> None:
         asked_until = self._clock() + self._asked_s
-        woken = self._wait(seconds)
+        woken = self._wait(min(seconds, self._left_s()))
         while woken and not self._ending() and (left_s := asked_until - self._clock()) > 0:
             woken = self._wait(left_s)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import sys
 import threading
@@ -36,6 +35,8 @@ from evalvault_sdk.log import Rarely, warn
 
 #: After a fault of our own, so many seconds pass before the next try.
 _FAULT_PAUSE_S = 1.0
+#: A flush waits so long for another thread that is about to start the worker.
+_START_WAIT_S = 5.0
 #: A batch that is refused as a whole is halved at most so often in the search for the events at fault.
 _MAX_HALVINGS = 64
 
@@ -66,6 +67,7 @@ class Worker:
         self._closing = False
         self._deadline = float("inf")
         self._abandoned = False
+        self._ended_in_time = True
         self._start_over()
         _all.add(self)
 
@@ -78,12 +80,15 @@ class Worker:
             hurry=self._hurry,
             should_stop=self._out_of_time,
             ending=lambda: self._closing,
+            urgent=lambda: self._closing or self._flushes > 0,
+            left_s=lambda: self._deadline - self._clock(),
             on_failure=self._failed,
             clock=self._clock,
         )
         self._starting = threading.Lock()
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._flushes = 0
         self._outage_since: float | None = None
         self._log = Rarely(self._clock)
         self._told_dropped: dict[str, int] = {}
@@ -106,31 +111,36 @@ class Worker:
 
     def flush(self, timeout_s: float) -> FlushReport:
         """Deliver what was recorded before this call, waiting at most `timeout_s` seconds."""
-        account = self.account
-        goal = account.ended + account.open
-        if account.ended < goal:
-            if self._thread is None:
-                self._start()
-            if self._thread is None:
-                self._run_here(timeout_s)
-            else:
+        account, until = self.account, self._clock() + timeout_s
+        with account.lock:
+            goal = account.taken + len(account.waiting)
+            self._flushes += 1
+        try:
+            if account.ended < goal:
+                if self._thread is None:
+                    self._start(wait_s=min(timeout_s, _START_WAIT_S))
+                if self._thread is None:
+                    self._run_here(until)
                 self._speed_up()
-                self._wait_until(lambda: account.ended >= goal, timeout_s)
+                self._wait_until(lambda: account.ended >= goal, until - self._clock())
+        finally:
+            with account.lock:
+                self._flushes -= 1
         return account.report(in_time=account.ended >= goal)
 
     def shutdown(self, timeout_s: float) -> FlushReport:
         """Take no more events, deliver those taken, and end the thread; give up after `timeout_s` seconds."""
         self.close(timeout_s)
         if self._thread is None:
-            self._run_here(timeout_s)
+            self._run_here(self._deadline)
         if self._thread is not threading.current_thread():
             self._wait_until(lambda: not self.account.open, self._deadline - self._clock())
-        in_time = self._abandon()
+        self._abandon()
         if self._thread is not None and self._thread is not threading.current_thread():
             with contextlib.suppress(RuntimeError):  # not started yet: a signal handler ends what began just now
                 self._thread.join(max(0.0, min(self._deadline - self._clock(), threading.TIMEOUT_MAX)))
         _live.discard(self)
-        return self.account.report(in_time=in_time)
+        return self.account.report(in_time=self._ended_in_time)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Take no more events, and let the thread end by itself when those taken are delivered."""
@@ -148,9 +158,10 @@ class Worker:
         with self.account.lock:
             self.account.settled.wait_for(done, max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
 
-    def _start(self) -> None:
-        # Never waits: whoever holds the lock, perhaps this very thread below a signal handler, starts it.
-        if not self._starting.acquire(blocking=False):
+    def _start(self, wait_s: float = 0.0) -> None:
+        # Recording never waits: whoever holds the lock, perhaps this very thread below a signal handler, starts
+        # the worker. A flush waits a little, to see whether it was started.
+        if not self._starting.acquire(timeout=max(0.0, wait_s)):
             return
         try:
             if self._thread is None and not self._closing:
@@ -167,34 +178,33 @@ class Worker:
         finally:
             self._starting.release()
 
-    def _run_here(self, timeout_s: float) -> None:
-        """Deliver in the caller's thread, within `timeout_s`: no other can be started any more."""
-        self._deadline = min(self._deadline, self._clock() + timeout_s)
+    def _run_here(self, until: float) -> None:
+        """Deliver in the caller's thread, until then at most: no other could be started."""
         if self._running.acquire(blocking=False):
+            deadline = self._deadline
+            self._deadline = min(deadline, until)
             try:
                 self._deliver_waiting()
             finally:
+                if not self._closing:
+                    self._deadline = deadline
                 self._running.release()
 
-    def _abandon(self) -> bool:
-        """
-        Give up what is left; say whether there was nothing.
-
-        What a request that is still under way comes to after this is not waited for, nor counted.
-        """
+    def _abandon(self) -> None:
+        """Give up what is left. What a request still under way comes to is not waited for, nor counted."""
         account = self.account
         with account.lock:
             if self._abandoned:
-                return True
+                return
             self._abandoned = True
             lost = self.queue.drop_all("shutdown") + account.in_flight
             if account.in_flight:
                 account.drop("shutdown", account.in_flight)
                 account.in_flight = 0
+            self._ended_in_time = not lost
             account.settled.notify_all()
         self._speed_up()
         self._tell_dropped(at_once=True)
-        return not lost
 
     def _out_of_time(self) -> bool:
         return self._abandoned or self._clock() >= self._deadline
@@ -236,25 +246,33 @@ class Worker:
 
     def _deliver(self, batch: Batch) -> None:
         """Send a batch until its outcome is final, in halves where it must be; settle every event of it."""
-        pending, halvings = [batch], 0
-        while pending:
-            part = pending.pop()
-            try:
+        pending, halvings, too_large = [batch], 0, False
+        try:
+            while pending:
+                part = pending[-1]
                 outcome = self._retry.run(lambda part=part: self._send(part))  # type: ignore[misc]
-            except BaseException:
-                # A fault of ours. Resending what the server has stored is harmless; losing it is not.
-                for unsent in (*pending, part):
-                    self._return(unsent)
-                raise
-            too_large = isinstance(outcome, TooLarge)
-            if too_large:
-                self._learn_limit(part, outcome)
-            if len(part) > 1 and (too_large or (isinstance(outcome, Refused) and halvings < _MAX_HALVINGS)):
-                # Refused as a whole: one event may be the reason, and must not cost its neighbours.
-                halvings += not too_large
-                pending += reversed(part.halves())
-            else:
-                self._settle(part, outcome)
+                if isinstance(outcome, RetryLater):
+                    return  # out of time
+                pending.pop()
+                if isinstance(outcome, TooLarge):
+                    too_large = True
+                    if outcome.limit_bytes is not None:
+                        self._learn_limit(outcome.limit_bytes)
+                elif isinstance(outcome, Delivered) and too_large:
+                    self._learn_limit(len(part.body()))  # from what passed: a gateway may refuse everything for a while
+                if len(part) > 1 and (
+                    isinstance(outcome, TooLarge) or (isinstance(outcome, Refused) and halvings < _MAX_HALVINGS)
+                ):
+                    # Refused as a whole: one event may be the reason, and must not cost its neighbours.
+                    halvings += isinstance(outcome, Refused)
+                    pending += reversed(part.halves())
+                else:
+                    self._settle(part, outcome)
+        finally:
+            # What was not sent, for want of time or by a fault of ours, goes back to where it was. Sending again
+            # what the server has stored is harmless.
+            for unsent in pending:
+                self._return(unsent)
 
     def _send(self, batch: Batch) -> Outcome:
         if self._abandoned:
@@ -265,33 +283,27 @@ class Worker:
         except Exception as fault:  # noqa: BLE001 - whatever a transport meets, the events are not to blame
             return RetryLater(f"a fault in sending, {type(fault).__name__}")
 
-    def _learn_limit(self, batch: Batch, outcome: Outcome) -> None:
-        assert isinstance(outcome, TooLarge)  # noqa: S101 - for the type checker
-        learnt = min(outcome.limit_bytes or self._limits.max_bytes, len(batch.body()) // 2)
-        self._limits = attrs.evolve(self._limits, max_bytes=max(learnt, 1024))
+    def _learn_limit(self, max_bytes: int) -> None:
+        self._limits = attrs.evolve(self._limits, max_bytes=min(self._limits.max_bytes, max(max_bytes, 1024)))
 
-    def _settle(self, batch: Batch, outcome: Outcome) -> None:
+    def _settle(self, batch: Batch, outcome: Delivered | Refused | TooLarge) -> None:
         """Enter the outcome of a batch into the account, then say what there is to say."""
         account = self.account
         rejected, reason = 0, ""
         if isinstance(outcome, Delivered):
             rejected = len(outcome.rejected)
             reason = outcome.rejected[0].reason if rejected else ""
-        elif isinstance(outcome, (Refused, TooLarge)):
+        else:
             rejected = len(batch)
             reason = outcome.reason if isinstance(outcome, Refused) else "it is too large for the server"
         with account.lock:
             if self._abandoned:
                 return
             account.in_flight -= len(batch)
-            if isinstance(outcome, RetryLater):
-                account.drop("shutdown", len(batch))  # the retry gives up only when time is up
-            else:
-                account.delivered += len(batch) - rejected
-                account.rejected += rejected
+            account.delivered += len(batch) - rejected
+            account.rejected += rejected
             account.settled.notify_all()
-        if not isinstance(outcome, RetryLater):
-            self._recovered()
+        self._recovered()
         if rejected:
             self._log.warn("rejected", "the server rejected %d events, the first because: %s", rejected, reason)
 
@@ -320,12 +332,19 @@ class Worker:
     def _tell_dropped(self, *, at_once: bool = False) -> None:
         """Say that events were lost, by reason, at most once a minute; at the end, what was not said yet."""
         for reason, count in self.account.stats().dropped.items():
-            told = self._told_dropped.get(reason, 0)
-            if count == told or reason in ("invalid", "internal_error"):  # the recorder says these, with their cause
+            if reason in ("invalid", "internal_error"):  # the recorder says these, with their cause
                 continue
-            self._told_dropped[reason] = count
-            say = warn if at_once else functools.partial(self._log.warn, reason)
-            say("%d events for %s were lost (%s)", count - told, self._transport.destination, reason)
+            with self.account.lock:  # the thread and whoever shuts down may both be here
+                told = self._told_dropped.get(reason, 0)
+                self._told_dropped[reason] = max(count, told)
+            line = ("%d events for %s were lost (%s)", count - told, self._transport.destination, reason)
+            if count <= told:
+                continue
+            if at_once:
+                warn(*line)
+            elif not self._log.warn(reason, *line):
+                with self.account.lock:
+                    self._told_dropped[reason] -= count - told
 
 
 #: Workers that still have to be ended when the process ends, and all that there are.

@@ -21,6 +21,8 @@ import orjson
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent
 
+#: Members of a gzip body; senders write one.
+_MAX_GZIP_MEMBERS = 16
 #: Levels of nesting in an event; orjson writes 254, and our own client 32.
 _MAX_DEPTH = 128
 
@@ -104,7 +106,7 @@ def _unpack(body: bytes, content_encoding: str | None, limits: IngestLimits) -> 
     if encoding not in ("gzip", "x-gzip"):
         raise ApiError(415, "Unsupported content encoding", "Content-Encoding must be gzip or absent")
     unpacked = b""
-    while body:  # RFC 1952, 2.2: a gzip file may have several members
+    for _ in range(_MAX_GZIP_MEMBERS):  # RFC 1952, 2.2: a gzip file may have several; each costs a copy of the rest
         unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
         try:
             unpacked += unpacker.decompress(body, limits.max_unpacked_bytes + 1 - len(unpacked))
@@ -116,7 +118,9 @@ def _unpack(body: bytes, content_encoding: str | None, limits: IngestLimits) -> 
         if not unpacker.eof:
             raise ApiError(400, "Malformed gzip", "the body ends before its gzip stream does")
         body = unpacker.unused_data
-    return unpacked
+        if not body:
+            return unpacked
+    raise ApiError(400, "Malformed gzip", f"the body has more than {_MAX_GZIP_MEMBERS} gzip members")
 
 
 def parse_json(body: bytes) -> tuple[Any, bool]:
@@ -147,7 +151,10 @@ def parse_json(body: bytes) -> tuple[Any, bool]:
 
 def _integer(digits: str) -> int | float:
     """Return an integer as orjson does: beyond 64 bits as a float."""
-    return int(digits) if len(digits) < 19 else float(digits)
+    if len(digits) > len("-18446744073709551616"):
+        return float(digits)
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 def _events_in(value: Any, limits: IngestLimits) -> list[Any]:

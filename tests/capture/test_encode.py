@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import uuid
+import weakref
 from typing import Any
 
 import attrs
@@ -110,6 +111,18 @@ def test_an_object_that_raises_however_it_is_looked_at_is_named() -> None:
     assert encoded([Hostile(), 1]) == ["<Hostile that cannot be shown>", 1]
 
 
+def test_an_object_that_cannot_even_be_asked_for_its_class_costs_its_own_place() -> None:
+    class Document:
+        pass
+
+    gone = weakref.proxy(Document())
+    assert encoded({"query": "q", "document": gone, "list": [1, gone]}) == {
+        "query": "q",
+        "document": "<ProxyType that cannot be shown>",
+        "list": [1, "<ProxyType that cannot be shown>"],
+    }
+
+
 def test_sets_become_lists() -> None:
     assert sorted(encoded({3, 1, 2})) == [1, 2, 3]
 
@@ -148,7 +161,7 @@ def test_the_number_of_values_looked_at_is_bounded() -> None:
 
 
 def test_a_hostile_container_is_named_not_fatal() -> None:
-    assert encoded({"x": HostileMapping(a=10**30)}) == {"x": "<HostileMapping that cannot be shown>"}
+    assert encoded({"x": HostileMapping(a=10**30), "y": 1}) == {"x": "<HostileMapping that cannot be shown>", "y": 1}
 
 
 def test_an_iterator_is_not_consumed() -> None:

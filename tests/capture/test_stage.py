@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import threading
 import time
@@ -440,6 +441,13 @@ def test_methods_and_callable_objects_are_measured(recorder: Recorder, sink: Lis
 
     bound = StageContext(recorder, "bound method")(Tools().method)
     assert (Tools().method(1), Tools.of_class(1), Tools.of_nothing(1), bound(1)) == (2, 3, 4, 2)
+
+    async def sleepy(number: int) -> int:
+        await asyncio.sleep(0.01)
+        return number
+
+    assert asyncio.run(StageContext(recorder, "async partial")(functools.partial(sleepy, 5))()) == 5
+    assert sink.events[-1]["duration_ms"] >= 10
     assert asyncio.run(StageContext(recorder, "async object")(Sleepy())()) == 7
     assert StageContext(recorder, "object")(Prompt())() == 8
     assert [event["stage_type"] for event in sink.events][-2:] == ["async object", "object"]

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import uuid
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from tests.support import DATA, LiveServer, clean_environment, free_port, wait_for
 
@@ -200,6 +203,11 @@ def test_the_demo_leaves_no_process_behind_when_it_is_interrupted(tmp_path: Path
     assert not processes_that_name(tmp_path)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
 def processes_that_name(path: Path) -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
@@ -310,3 +318,59 @@ def test_a_file_from_a_read_only_folder_can_be_shown(tmp_path: Path) -> None:
         folder.chmod(0o700)
     assert shown.returncode == 0, shown.stderr
     assert (folder / "x.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_the_waterfall_fits_the_terminal(server: LiveServer, columns: str) -> None:
+    run = f"run-{uuid.uuid4()}"
+    long_name = "a_stage_with_quite_a_long_name"
+    events = [
+        {"run_id": run, "stage_type": long_name, "stage_name": long_name, "stage_id": "a", "duration_ms": 12345.678},
+        {"run_id": run, "stage_type": "output", "parent_stage_id": "a", "duration_ms": 9, "status": "error"},
+    ]
+    for event in events:
+        server.post({**event, "trace_id": "t", "started_at": "2026-01-07T10:00:00Z"})
+    waterfall = command("show", run, "--url", server.url, COLUMNS=columns).stdout.split("Trace t")[1]
+    rows = [line for line in waterfall.splitlines() if line.startswith(("│", "┃"))]
+    assert "outcome" in rows[0]
+    assert "success" in rows[1]
+    assert all(len(row) <= int(columns) for row in rows)
+
+
+def test_a_run_without_trace_ids_has_a_waterfall_too(tmp_path: Path) -> None:
+    db = str(tmp_path / "x.db")
+    command("ingest", str(DATA / "run_20260103_001.jsonl"), "--db", db)
+    shown = command("show", "run_20260103_001", "--db", db).stdout
+    tree = shown.split("without trace ids")[1].split("Every metric")[0]
+    for kind in ("system_prompt", "  input", "    retrieval", "      rerank", "        output"):
+        assert f"│ {kind}" in tree
+
+
+def test_show_trusts_the_ca_that_the_sdk_trusts(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    script = textwrap.dedent(
+        """
+        import sys, uvicorn
+        from evalvault_sdk.server import create_app
+        uvicorn.run(create_app("x.db"), port=int(sys.argv[1]), ssl_certfile="server.pem")
+        """
+    )
+    port = free_port()
+    url = f"https://localhost:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-c", script, str(port)], cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: listens(port), 30)
+        refused = command("show", "run_20260103_001", "--url", url)
+        assert "set EVALVAULT_CA_BUNDLE" in refused.stderr
+        bundle = str(tmp_path / "ca.pem")
+        file = str(DATA / "run_20260103_001.jsonl")
+        assert command("ingest", file, "--url", url, EVALVAULT_CA_BUNDLE=bundle).returncode == 0
+        assert command("show", "run_20260103_001", "--url", url, EVALVAULT_CA_BUNDLE=bundle).returncode == 0
+        assert "EVALVAULT_CA_BUNDLE" in command("ingest", str(DATA / "run_20260103_001.jsonl"), "--url", url).stderr
+    finally:
+        server.terminate()
+        server.wait(10)

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import gzip
 import ssl
+import threading
+import time
 from collections.abc import Iterator
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +203,58 @@ def test_tls_and_proxy_settings_win_over_the_environment(
     assert options["proxies"]["http"] == "http://settings.test"
 
 
-def test_retry_after_is_read_in_both_forms() -> None:
+def test_a_client_certificate_and_the_timeouts_reach_the_request(http: responses.RequestsMock) -> None:
+    http.post(URL, json=STORED)
+    http.post(URL, json=STORED)
+    sender = transport(cert=("/cert.pem", "/key.pem"), connect_timeout_s=1.5, read_timeout_s=7.0)
+    sender.send(Batch(EVENTS))
+    sender.send(Batch(EVENTS), timeout_s=2.0)
+    sender.close()
+    first, second = (call.request.req_kwargs for call in http.calls)  # type: ignore[attr-defined]
+    assert first["cert"] == ("/cert.pem", "/key.pem")
+    assert (first["timeout"], second["timeout"]) == ((1.5, 7.0), (1.5, 2.0))
+
+
+def test_batches_go_over_one_connection() -> None:
+    connections = 0
+
+    class Counting(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            nonlocal connections
+            connections += 1
+            super().setup()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = orjson.dumps(STORED)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sender = HttpTransport(Settings(run_id="r", api_url=f"http://127.0.0.1:{server.server_port}"))
+        assert [sender.send(Batch(EVENTS)) for _ in range(5)] == [Delivered()] * 5
+        sender.close()
+        server.shutdown()
+    assert connections == 1
+
+
+def test_retry_after_is_read_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1_767_780_000.0
+    monkeypatch.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    try:
+        assert retry_after_s(time.asctime(time.gmtime(now + 30)), now) == 30, "asctime's form is UTC, too"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
     assert retry_after_s("120", now) == 120
     assert retry_after_s(formatdate(now + 90, usegmt=True), now) == 90
     assert retry_after_s(formatdate(now - 90, usegmt=True), now) == 0

@@ -97,6 +97,14 @@ def test_what_is_taken_is_in_flight_and_what_is_put_back_is_first_again() -> Non
     assert queue.take(BatchLimits()).events == ()
 
 
+def test_what_is_put_back_takes_its_room_again() -> None:
+    queue = make_queue(max_bytes=30)
+    for _ in range(3):
+        queue.put(b"x" * 10)
+    queue.put_back(queue.take(BatchLimits(max_events=1)))
+    assert not queue.put(b"x")
+
+
 def test_room_is_made_by_taking() -> None:
     queue = make_queue(max_bytes=20)
     for _ in range(100):

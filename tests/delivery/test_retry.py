@@ -9,7 +9,9 @@ from evalvault_sdk.delivery.retry import Retry
 from evalvault_sdk.delivery.transport import Delivered, Outcome, Refused, RetryLater
 
 
-def run(outcomes: Sequence[Outcome], tries: int = 1000, max_s: float = 30.0) -> tuple[Outcome, list[float], list[str]]:
+def run(
+    outcomes: Sequence[Outcome], tries: int = 1000, max_s: float = 30.0, urgent: bool = False
+) -> tuple[Outcome, list[float], list[str]]:
     waits: list[float] = []
     failures: list[str] = []
     retry = Retry(
@@ -18,6 +20,7 @@ def run(outcomes: Sequence[Outcome], tries: int = 1000, max_s: float = 30.0) -> 
         hurry=Wakeup(),
         should_stop=lambda: len(failures) >= tries,
         ending=lambda: False,
+        urgent=lambda: urgent,
         on_failure=lambda outcome: failures.append(outcome.reason),
         wait=lambda seconds: waits.append(seconds) is not None,  # type: ignore[func-returns-value]
     )
@@ -44,9 +47,15 @@ def test_waits_are_drawn_below_a_ceiling_that_doubles_up_to_its_maximum() -> Non
 
 
 def test_what_the_server_asks_for_is_the_floor_of_the_wait() -> None:
-    for _ in range(50):
-        _, (wait,), _ = run([RetryLater("x", wait_s=7.0), Delivered()])
-        assert 7.0 <= wait <= 7.1
+    waits = [run([RetryLater("x", wait_s=7.0), Delivered()])[1][0] for _ in range(50)]
+    assert min(waits) >= 7.0
+    assert max(waits) <= 7.1
+    assert len(set(waits)) > 40, "a fleet that was told the same must not come back as one"
+
+
+def test_while_somebody_waits_the_waits_stay_short() -> None:
+    _, waits, _ = run([RetryLater("x")] * 50 + [Delivered()], urgent=True)
+    assert max(waits) <= 0.5
 
 
 def test_when_told_to_stop_the_failure_is_the_outcome() -> None:
@@ -63,6 +72,7 @@ def hurried(asked_s: float | None, ending: bool) -> float:
         hurry=hurry,
         should_stop=lambda: False,
         ending=lambda: ending,
+        urgent=lambda: ending,
         on_failure=lambda outcome: None,
     )
     outcomes: Iterator[Outcome] = iter([RetryLater("x", wait_s=asked_s), Delivered()])

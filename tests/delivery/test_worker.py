@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -331,7 +332,7 @@ def test_a_fault_in_the_middle_of_a_halved_batch_counts_nothing_twice(monkeypatc
     worker = make(transport, flush_interval_s=60)
     settle, failed = worker._settle, False
 
-    def settle_and_fail_once(batch: Batch, outcome: Outcome) -> None:
+    def settle_and_fail_once(batch: Batch, outcome: Any) -> None:
         nonlocal failed
         settle(batch, outcome)
         if not failed:
@@ -468,3 +469,81 @@ def test_the_last_request_gets_the_time_that_is_left() -> None:
     assert asked[0] is None
     assert asked[1] is not None
     assert 0 < asked[1] <= 7
+
+
+def test_flushes_of_many_threads_at_the_very_start_leave_a_worker_that_goes_on() -> None:
+    for _ in range(150):
+        transport = MemoryTransport()
+        worker = make(transport, flush_interval_s=0.01)
+        together = threading.Barrier(6)
+
+        def first_action(worker: Worker = worker, together: threading.Barrier = together) -> None:
+            together.wait(10)
+            put(worker, 1)
+            worker.flush(0.02)
+
+        threads = [threading.Thread(target=first_action) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert worker._deadline == float("inf")
+        put(worker, 1)
+        assert worker.shutdown(5).complete
+
+
+def test_a_thread_that_cannot_be_started_once_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make(MemoryTransport())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start")))
+        put(worker, 2)
+        assert worker.flush(5).complete, "delivered in the caller's thread"
+    put(worker, 1)
+    wait_for(lambda: worker.account.stats().delivered == 3, 5)
+    assert worker.shutdown(5).complete
+
+
+def test_a_flush_without_a_thread_that_runs_out_of_time_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make(MemoryTransport(*[RetryLater("x")] * 3), retry_initial_s=0.2, retry_max_s=0.2)
+    monkeypatch.setattr(worker, "_start", lambda wait_s=0.0: None)
+    worker.queue.on_first_put = None
+    put(worker, 2)
+    report = worker.flush(0.01)
+    assert (report.in_time, report.queued, report.dropped) == (False, 2, {})
+    assert worker.shutdown(5).complete
+
+
+def test_shutdown_uses_its_time_although_there_was_a_long_outage() -> None:
+    transport = MemoryTransport(*[RetryLater("x")] * 10)
+    worker = make(transport, retry_initial_s=0.01, retry_max_s=60)
+    worker._retry._initial_s = 0.01
+    put(worker, 1)
+    wait_for(lambda: len(transport.batches) >= 4, 20)
+    assert worker.shutdown(10).complete
+
+
+def test_all_losses_are_told_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    worker = make(MemoryTransport(), max_queue_events=10, flush_interval_s=0.01)
+    for _ in range(5):
+        put(worker, 200)
+        worker.flush(5)
+    stats = worker.shutdown(5)
+    told = [int(words[0]) for words in re.findall(r"(\d+) events for memory were lost \((queue_full)\)", caplog.text)]
+    assert sum(told) == stats.dropped["queue_full"]
+    assert len(told) <= 2
+
+
+def test_a_limit_is_learnt_from_what_passed_not_from_what_was_refused() -> None:
+    worker = make(MemoryTransport(*[TooLarge()] * 200), flush_interval_s=60)
+    for _ in range(50):
+        worker.queue.put(orjson.dumps({"n": 1, "padding": "x" * 5000}))
+    assert worker.flush(10).rejected == 50
+    assert worker._limits.max_bytes == 4 << 20
+    worker.shutdown(5)
+
+
+def test_the_second_shutdown_says_what_the_first_said() -> None:
+    worker = make(MemoryTransport(*[RetryLater("x")] * 1000))
+    put(worker, 1)
+    assert not worker.shutdown(0.1).in_time
+    assert not worker.shutdown(0.1).in_time

@@ -23,7 +23,7 @@ import requests
 from evalvault_sdk import ConfigurationError
 from evalvault_sdk.server import create_app, create_router
 from evalvault_sdk.server.ingest import IngestLimits
-from evalvault_sdk.server.store import open_store
+from evalvault_sdk.server.store import SQLiteStore, open_store
 from tests.support import LiveServer, live_server
 
 
@@ -167,6 +167,12 @@ def test_an_integer_beyond_all_floats_costs_its_own_event_only(server: LiveServe
     for digits, stored in ((25, 3), (5000, 2)):
         answer = server.post(body.replace('"n": 7', '"n": ' + "9" * digits).encode()).json()
         assert answer["stored"] == stored, answer
+    exact = {"id": 1234567890123456789, "most": 2**64 - 1, "least": -(2**63)}
+    beside_nan = json.dumps(
+        {"events": [stage(run, 3, attributes=exact), stage(run, 4, attributes={"v": float("nan")})]}
+    )
+    assert server.post(beside_nan.encode()).json()["stored"] == 1
+    assert [e["attributes"] for e in server.get(f"events/{run}")["events"] if e["stage_id"] == "s3"] == [exact]
     mixed = body.replace('"n": 7', '"n": ' + "9" * 25).replace(
         '"stage_id": "s2"', '"stage_id": "s2", "duration_ms": NaN'
     )
@@ -252,7 +258,7 @@ def test_gzip_is_understood_and_a_bomb_is_not_unpacked(server: LiveServer, run: 
     halves = json.dumps(stage(run, 2)).encode()
     members = gzip.compress(halves[:20]) + gzip.compress(halves[20:])
     assert server.post(members, headers=headers).json()["stored"] == 1, "a gzip file may have several members"
-    for body in (b"not gzip", packed[:-10], packed[:30], packed + b"garbage"):
+    for body in (b"not gzip", packed[:-10], packed[:30], packed + b"garbage", gzip.compress(b"") * 100_000):
         response = server.post(body, headers=headers)
         assert response.status_code == 400
         assert "gzip" in response.json()["error"]
@@ -504,3 +510,26 @@ def test_sigkill_under_load_costs_nothing_that_was_acknowledged(tmp_path: Path, 
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
     assert acknowledged <= stored
+
+
+def test_a_slow_database_does_not_hold_up_the_event_loop(tmp_path: Path, run: str) -> None:
+    class Slow(SQLiteStore):
+        def save(self, events: Any) -> None:
+            time.sleep(1)
+            super().save(events)
+
+    store = Slow(tmp_path / "x.db")
+    app = create_app(store=store)
+
+    async def ask_both() -> tuple[float, float]:
+        started = time.monotonic()
+        posting = asyncio.create_task(ask_app(app, stage(run)))
+        await asyncio.sleep(0.1)
+        assert (await ask_app(app, None, "GET", "/health"))[0] == 200
+        healthy_s = time.monotonic() - started
+        assert (await posting)[0] == 200
+        return healthy_s, time.monotonic() - started
+
+    healthy_s, stored_s = asyncio.run(ask_both())
+    assert healthy_s < 0.8 < 1 <= stored_s
+    store.close()

@@ -182,6 +182,12 @@ def test_the_file_is_for_its_owner_only(store: Store, path: Path) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 
+def test_what_is_answered_for_is_on_the_disk(store: SQLiteStore) -> None:
+    assert store._writer is not None
+    assert store._writer.execute("PRAGMA synchronous").fetchone() == (2,), "FULL: a power cut costs nothing"
+    assert store._writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_the_tables_are_evalvaults(store: Store, path: Path) -> None:
     store.save([event(started_at=NOON, attributes={"한": 1}, input_ref=StagePayloadRef("s", "i"))])
     with sqlite3.connect(path) as db:

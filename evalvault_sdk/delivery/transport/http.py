@@ -78,18 +78,14 @@ class HttpTransport:
             headers["Content-Encoding"] = "gzip"
         try:
             if self._session is None:
-                self._session = self._open_session()
+                self._session = open_session(self._settings)
             with self._session.post(
                 self.destination,
                 data=body,
                 headers=headers,
                 timeout=self._timeouts(timeout_s),
-                # Per request: what a session holds of these gives way to the environment in requests.
-                verify=self._settings.verify,
-                cert=self._settings.cert,
-                proxies=None if self._settings.proxies is None else dict(self._settings.proxies),
-                allow_redirects=False,
                 stream=True,
+                **request_options(self._settings),
             ) as response:
                 answer = _read(response)
                 return outcome_of(response.status_code, response.headers, answer, len(batch))
@@ -121,19 +117,30 @@ class HttpTransport:
             except Exception:  # noqa: BLE001 - another urllib3 than those we know: then it stays open
                 _inherited.append(session)
 
-    def _open_session(self) -> requests.Session:
-        import requests
 
-        from evalvault_sdk import __version__
+def open_session(settings: Settings) -> requests.Session:
+    """Return a session that names and identifies itself to the server of `settings`."""
+    import requests
 
-        settings = self._settings
-        session = requests.Session()
-        session.headers.update({"User-Agent": f"evalvault-sdk/{__version__}", "Accept": "application/json"})
-        session.headers.update(settings.headers)
-        if settings.token is not None:
-            # As `auth`, not as a header: requests lets a matching ~/.netrc entry overwrite the header.
-            session.auth = _bearer(settings.token)
-        return session
+    from evalvault_sdk import __version__
+
+    session = requests.Session()
+    session.headers.update({"User-Agent": f"evalvault-sdk/{__version__}", "Accept": "application/json"})
+    session.headers.update(settings.headers)
+    if settings.token is not None:
+        # As `auth`, not as a header: requests lets a matching ~/.netrc entry overwrite the header.
+        session.auth = _bearer(settings.token)
+    return session
+
+
+def request_options(settings: Settings) -> dict[str, Any]:
+    """Return what each request needs said: in requests, what a session holds of these gives way to the environment."""
+    return {
+        "verify": settings.verify,
+        "cert": settings.cert,
+        "proxies": None if settings.proxies is None else dict(settings.proxies),
+        "allow_redirects": False,
+    }
 
 
 #: Sessions of a parent that could not be closed: collecting them would wait for their locks.
