@@ -14,18 +14,15 @@ locks and a connection of their own; what waited at the fork is the parent's to 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import os
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 
 import attrs
 
 from evalvault_sdk.config import Settings
+from evalvault_sdk.delivery import lifecycle
 from evalvault_sdk.delivery.account import Account, FlushReport
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.queue import EventQueue, Wakeup
@@ -37,6 +34,8 @@ from evalvault_sdk.log import Rarely, warn
 _FAULT_PAUSE_S = 1.0
 #: A flush waits so long for another thread that is about to start the worker.
 _START_WAIT_S = 5.0
+#: So long a shutdown waits for another thread that is saying what was lost.
+_TELL_WAIT_S = 0.5
 #: A batch that is refused as a whole is halved at most so often in the search for the events at fault.
 _MAX_HALVINGS = 64
 
@@ -69,7 +68,7 @@ class Worker:
         self._abandoned = False
         self._ended_in_time = True
         self._start_over()
-        _all.add(self)
+        lifecycle.made(self)
 
     def _start_over(self) -> None:
         """Make what belongs to one process: at first, and in a forked child."""
@@ -91,6 +90,7 @@ class Worker:
         self._flushes = 0
         self._outage_since: float | None = None
         self._log = Rarely(self._clock)
+        self._telling = threading.RLock()
         self._told_dropped: dict[str, int] = {}
 
     def after_fork_in_child(self) -> None:
@@ -136,10 +136,11 @@ class Worker:
         if self._thread is not threading.current_thread():
             self._wait_until(lambda: not self.account.open, self._deadline - self._clock())
         self._abandon()
+        self._tell_dropped(at_once=True)
         if self._thread is not None and self._thread is not threading.current_thread():
             with contextlib.suppress(RuntimeError):  # not started yet: a signal handler ends what began just now
                 self._thread.join(max(0.0, min(self._deadline - self._clock(), threading.TIMEOUT_MAX)))
-        _live.discard(self)
+        lifecycle.ended(self)
         return self.account.report(in_time=self._ended_in_time)
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -171,8 +172,7 @@ class Worker:
                 except RuntimeError:
                     return  # the interpreter is ending: flush and shutdown deliver in their own thread
                 finally:
-                    _live.add(self)
-                    _end_with_multiprocessing()
+                    lifecycle.started(self)
                 self._thread = thread
             self.queue.on_first_put = None
         finally:
@@ -204,7 +204,6 @@ class Worker:
             self._ended_in_time = not lost
             account.settled.notify_all()
         self._speed_up()
-        self._tell_dropped(at_once=True)
 
     def _out_of_time(self) -> bool:
         return self._abandoned or self._clock() >= self._deadline
@@ -226,11 +225,12 @@ class Worker:
                     self._log.warn("fault", "delivery failed by a fault of its own (%s)", type(fault).__name__)
                     self._hurry.wait(_FAULT_PAUSE_S)
             if self._closing:
-                self._abandon()  # when nobody waits in shutdown: the tracer was dropped
+                self._abandon()  # nobody may be waiting in shutdown: the tracer was dropped
+                self._tell_dropped(at_once=True)
         finally:
             with contextlib.suppress(Exception):
                 self._transport.close()
-            _live.discard(self)
+            lifecycle.ended(self)
             self._running.release()
 
     def _deliver_waiting(self) -> None:
@@ -331,53 +331,20 @@ class Worker:
 
     def _tell_dropped(self, *, at_once: bool = False) -> None:
         """Say that events were lost, by reason, at most once a minute; at the end, what was not said yet."""
-        for reason, count in self.account.stats().dropped.items():
-            if reason in ("invalid", "internal_error"):  # the recorder says these, with their cause
-                continue
-            with self.account.lock:  # the thread and whoever shuts down may both be here
-                told = self._told_dropped.get(reason, 0)
-                self._told_dropped[reason] = max(count, told)
-            line = ("%d events for %s were lost (%s)", count - told, self._transport.destination, reason)
-            if count <= told:
-                continue
-            if at_once:
-                warn(*line)
-            elif not self._log.warn(reason, *line):
-                with self.account.lock:
-                    self._told_dropped[reason] -= count - told
-
-
-#: Workers that still have to be ended when the process ends, and all that there are.
-_live: set[Worker] = set()
-_all: weakref.WeakSet[Worker] = weakref.WeakSet()
-
-
-def _end_all() -> None:
-    """End every worker, all within the longest of their timeouts."""
-    workers = list(_live)
-    for worker in workers:
-        worker.close()
-    for worker in workers:
-        with contextlib.suppress(Exception):
-            worker.shutdown(0.0)
-
-
-def _end_with_multiprocessing() -> None:
-    """End the workers of a multiprocessing child, which leaves without running what atexit has."""
-    process = sys.modules.get("multiprocessing.process")
-    if process is None or process.parent_process() is None:
-        return
-    from multiprocessing import util
-
-    util.Finalize(None, _end_all, exitpriority=0)
-
-
-def _after_fork_in_child() -> None:
-    _live.clear()
-    for worker in list(_all):
-        worker.after_fork_in_child()
-
-
-atexit.register(_end_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+        # The thread and whoever shuts down may both be here: one says it, and the other waits until it is said,
+        # for the process may end right after. A logging handler of the host that hangs is not waited for.
+        if not self._telling.acquire(timeout=_TELL_WAIT_S):
+            return
+        try:
+            for reason, count in self.account.stats().dropped.items():
+                new = count - self._told_dropped.get(reason, 0)
+                if not new or reason in ("invalid", "internal_error"):  # the recorder says these, with their cause
+                    continue
+                line = ("%d events for %s were lost (%s)", new, self._transport.destination, reason)
+                if at_once:
+                    warn(*line)
+                elif not self._log.warn(reason, *line):
+                    continue
+                self._told_dropped[reason] = count
+        finally:
+            self._telling.release()

@@ -412,15 +412,15 @@ def test_a_signal_handler_that_records_while_the_thread_is_being_started_does_no
 
 
 def test_workers_that_never_got_an_event_and_those_that_ended_are_not_kept() -> None:
-    from evalvault_sdk.delivery import worker as module
+    from evalvault_sdk.delivery import lifecycle
 
-    before = set(module._live)
+    before = set(lifecycle._running)
     idle = [make(MemoryTransport()) for _ in range(100)]
     busy = make(MemoryTransport())
     put(busy, 1)
-    assert module._live - before == {busy}
+    assert lifecycle._running - before == {busy}
     busy.shutdown(5)
-    assert module._live - before == set()
+    assert lifecycle._running - before == set()
     assert all(worker.shutdown(1).in_time for worker in idle)
 
 
