@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -77,6 +78,21 @@ def test_many_processes_append_to_one_file_and_no_line_is_torn(tmp_path: Path) -
     assert [process.wait(60) for process in processes] == [0] * 4
     assert len({event["stage_id"] for event in lines(path)}) == 2000
     assert len(lines(path)) == 2000
+
+
+def test_a_batch_waits_until_another_process_has_written(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    tracer = StageTracer("r", file=path)
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"half a li')
+        other.flush()
+        tracer.record_stage("x")
+        assert not tracer.flush(0.2).in_time
+        other.write(b'ne": 1}\n')
+    assert tracer.shutdown(10).complete
+    assert [*lines(path)[0]] == ["half a line"]
+    assert lines(path)[1]["stage_type"] == "x"
 
 
 def test_a_full_disk_tears_no_line_and_loses_nothing_that_fits_later(tmp_path: Path) -> None:
