@@ -15,150 +15,13 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict
-from urllib.parse import urlsplit
 
 import attrs
 
+from evalvault_sdk import checks
 from evalvault_sdk.errors import ConfigurationError
 
 _MEBIBYTE = 1 << 20
-
-
-#: Nobody means to wait longer than this; much longer ones overflow in the operating system.
-_LONGEST_S = 86_400.0
-
-
-def _one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
-    def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if value not in allowed:
-            raise ConfigurationError(f"{attribute.name} must be one of: {', '.join(allowed)}")
-
-    return check
-
-
-def _count(minimum: int) -> Callable[[Any, Any, Any], None]:
-    def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 1 << 48:
-            raise ConfigurationError(f"{attribute.name} must be a whole number of at least {minimum}")
-
-    return check
-
-
-def _seconds(minimum: float) -> Callable[[Any, Any, Any], None]:
-    def check(_instance: Any, attribute: Any, value: Any) -> None:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not minimum <= value <= _LONGEST_S:
-            raise ConfigurationError(f"{attribute.name} must be a number of seconds from {minimum:g} to {_LONGEST_S:g}")
-
-    return check
-
-
-def _check_enabled(_instance: Any, attribute: Any, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{attribute.name} must be True or False")
-
-
-def _check_verify(_instance: Any, attribute: Any, value: Any) -> None:
-    # An empty path, from a variable that is not set perhaps, would switch verification off in requests.
-    if not (isinstance(value, bool) or (isinstance(value, str) and value)):
-        raise ConfigurationError(f"{attribute.name} must be True, False, or the path of a file or folder of CAs")
-
-
-def _check_path(_instance: Any, attribute: Any, value: Any) -> None:
-    if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise ConfigurationError(f"{attribute.name} must be the path of a file")
-
-
-def _check_cert(_instance: Any, attribute: Any, value: Any) -> None:
-    parts = (value,) if isinstance(value, str) else value
-    if value is not None and not (
-        isinstance(parts, tuple) and len(parts) <= 2 and all(isinstance(part, str) and part for part in parts)
-    ):
-        raise ConfigurationError(f"{attribute.name} must be the path of a certificate, or (certificate, key)")
-
-
-def _check_text_mapping(_instance: Any, attribute: Any, value: Any) -> None:
-    good = value is None or (
-        isinstance(value, Mapping)
-        and all(
-            isinstance(text, str) and text.isascii() and text.isprintable() for pair in value.items() for text in pair
-        )
-    )
-    if not good:
-        raise ConfigurationError(f"{attribute.name} must be a dict of names to values, both plain ASCII text")
-
-
-def _check_run_id(_instance: Any, _attribute: Any, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigurationError(
-            "run_id is required: it names what is analysed together, for example 'rag-prod-2026-01-07'. "
-            "Pass StageTracer(run_id=...) or set EVALVAULT_RUN_ID"
-        )
-
-
-def _check_url(_instance: Any, attribute: Any, value: Any) -> None:
-    try:
-        parts = urlsplit(value)
-        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        ok = ok and not (parts.query or parts.fragment or any(letter.isspace() for letter in value))
-    except (ValueError, TypeError, AttributeError):
-        ok = False
-    if not ok:
-        raise ConfigurationError(
-            f"{attribute.name} must be an http:// or https:// address such as http://localhost:8000, without ? or #"
-        )
-    if parts.username or parts.password:
-        raise ConfigurationError(
-            f"{attribute.name} must not hold a user name or password, which end up in logs: use token="
-        )
-
-
-def _check_token(_instance: Any, attribute: Any, value: Any) -> None:
-    if value is not None and (not isinstance(value, str) or not value.isascii() or not value.isprintable()):
-        raise ConfigurationError(f"{attribute.name} must be one line of ASCII text: it travels in an HTTP header")
-
-
-def _stripped(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
-
-
-def _token(value: Any) -> Any:
-    return _stripped(value) or None
-
-
-def _path(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _url(value: Any) -> Any:
-    return value.strip().rstrip("/") if isinstance(value, str) else value
-
-
-def _flag(text: str) -> bool:
-    lowered = text.strip().lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off", ""):
-        return False
-    raise ValueError("must be 1 or 0, true or false, yes or no, on or off")
-
-
-def _whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be a whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("must be a number") from None
-
-
-def _negated_flag(text: str) -> bool:
-    return not _flag(text)
 
 
 def _setting(env: str | None, help: str, *, read: Callable[[str], Any] = str, **options: Any) -> Any:
@@ -173,154 +36,154 @@ class Settings:
     run_id: str = _setting(
         "EVALVAULT_RUN_ID",
         "What is analysed together: a deployment, an experiment, a day.",
-        converter=_stripped,
-        validator=_check_run_id,
+        converter=checks.stripped,
+        validator=checks.is_run_id,
     )
     api_url: str = _setting(
         "EVALVAULT_API_URL",
         "Where the server is; `/api/stage/events` is added to it.",
         default="http://localhost:8000",
-        converter=_url,
-        validator=_check_url,
+        converter=checks.without_slash,
+        validator=checks.is_url,
     )
     file: str | None = _setting(
         "EVALVAULT_FILE",
         "Instead of sending: append events to this JSONL file, to be carried by hand and ingested elsewhere.",
         default=None,
-        converter=_path,
-        validator=_check_path,
+        converter=checks.as_path,
+        validator=checks.is_path,
     )
     db_path: str | None = _setting(
         "EVALVAULT_DB_PATH",
         "Instead of sending: store events in this database file, without a server.",
         default=None,
-        converter=_path,
-        validator=_check_path,
+        converter=checks.as_path,
+        validator=checks.is_path,
     )
     token: str | None = _setting(
         "EVALVAULT_API_TOKEN",
         "Bearer token. Never shown in a repr or a log line.",
         default=None,
-        converter=_token,
-        validator=_check_token,
+        converter=checks.stripped_or_none,
+        validator=checks.is_token,
         repr=lambda value: "None" if value is None else "'***'",
     )
     enabled: bool = _setting(
         "EVALVAULT_SDK_DISABLED",
         "`False` (the variable: `1`) makes everything a no-op: no thread, no network, no events.",
         default=True,
-        read=_negated_flag,
-        validator=_check_enabled,
+        read=checks.read_negated_flag,
+        validator=checks.is_bool,
     )
     verify: bool | str = _setting(
         "EVALVAULT_CA_BUNDLE",
         "As in `requests`: a file or folder of certificate authorities to trust.",
         default=True,
-        converter=_path,
-        validator=_check_verify,
+        converter=checks.as_path,
+        validator=checks.is_verify,
     )
     cert: str | tuple[str, str] | None = _setting(
         "EVALVAULT_CLIENT_CERT",
         "As in `requests`: a client certificate, one file or `(certificate, key)`.",
         default=None,
-        validator=_check_cert,
+        validator=checks.is_cert,
     )
     proxies: Mapping[str, str] | None = _setting(
         None,
         "As in `requests`; without it `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` are used.",
         default=None,
-        validator=_check_text_mapping,
+        validator=checks.is_text_mapping,
         repr=lambda value: "None" if value is None else "'***'",  # proxy addresses hold passwords
     )
     headers: Mapping[str, str] = _setting(
         None,
         "Headers to add to every request, for gateways that want their own.",
         factory=dict,
-        validator=_check_text_mapping,
+        validator=checks.is_text_mapping,
         repr=lambda value: str(sorted(value)),  # names only
     )
     compression: Literal["gzip", "none"] = _setting(
         "EVALVAULT_COMPRESSION",
         "How request bodies are packed: `gzip` or `none`.",
         default="gzip",
-        validator=_one_of("gzip", "none"),
+        validator=checks.one_of("gzip", "none"),
     )
     flush_interval_s: float = _setting(
         "EVALVAULT_FLUSH_INTERVAL_S",
         "Seconds an event waits at most before it is sent.",
         default=1.0,
-        read=_number,
-        validator=_seconds(0.01),
+        read=checks.read_number,
+        validator=checks.seconds(0.01),
     )
     batch_events: int = _setting(
         "EVALVAULT_BATCH_EVENTS",
         "So many waiting events are sent at once, without waiting longer.",
         default=512,
-        read=_whole_number,
-        validator=_count(1),
+        read=checks.read_whole_number,
+        validator=checks.count(1),
     )
     max_batch_events: int = _setting(
         "EVALVAULT_MAX_BATCH_EVENTS",
         "Events in one request at most, when there is a backlog.",
         default=8192,
-        read=_whole_number,
-        validator=_count(1),
+        read=checks.read_whole_number,
+        validator=checks.count(1),
     )
     max_batch_bytes: int = _setting(
         "EVALVAULT_MAX_BATCH_BYTES",
         "Bytes of JSON in one request at most, before compression.",
         default=4 * _MEBIBYTE,
-        read=_whole_number,
-        validator=_count(1024),
+        read=checks.read_whole_number,
+        validator=checks.count(1024),
     )
     max_queue_events: int = _setting(
         "EVALVAULT_MAX_QUEUE_EVENTS",
         "Events that wait in memory at most; more are dropped and counted.",
         default=100_000,
-        read=_whole_number,
-        validator=_count(1),
+        read=checks.read_whole_number,
+        validator=checks.count(1),
     )
     max_queue_bytes: int = _setting(
         "EVALVAULT_MAX_QUEUE_BYTES",
         "Bytes of JSON that wait in memory at most.",
         default=64 * _MEBIBYTE,
-        read=_whole_number,
-        validator=_count(1024),
+        read=checks.read_whole_number,
+        validator=checks.count(1024),
     )
     connect_timeout_s: float = _setting(
         "EVALVAULT_CONNECT_TIMEOUT_S",
         "Seconds to wait for a connection.",
         default=3.0,
-        read=_number,
-        validator=_seconds(0.01),
+        read=checks.read_number,
+        validator=checks.seconds(0.01),
     )
     read_timeout_s: float = _setting(
         "EVALVAULT_READ_TIMEOUT_S",
         "Seconds to wait for an answer.",
         default=10.0,
-        read=_number,
-        validator=_seconds(0.01),
+        read=checks.read_number,
+        validator=checks.seconds(0.01),
     )
     retry_initial_s: float = _setting(
         "EVALVAULT_RETRY_INITIAL_S",
         "Ceiling in seconds of the first wait after a failure; doubled each time, drawn at random below it.",
         default=0.5,
-        read=_number,
-        validator=_seconds(0.001),
+        read=checks.read_number,
+        validator=checks.seconds(0.001),
     )
     retry_max_s: float = _setting(
         "EVALVAULT_RETRY_MAX_S",
         "Ceiling in seconds of every later wait. A server's `Retry-After` may ask for more, up to 10 minutes.",
         default=30.0,
-        read=_number,
-        validator=_seconds(0.001),
+        read=checks.read_number,
+        validator=checks.seconds(0.001),
     )
     shutdown_timeout_s: float = _setting(
         "EVALVAULT_SHUTDOWN_TIMEOUT_S",
         "Seconds that `shutdown()` and the end of the process may take.",
         default=2.0,
-        read=_number,
-        validator=_seconds(0),
+        read=checks.read_number,
+        validator=checks.seconds(0),
     )
 
     @classmethod
