@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -244,8 +246,6 @@ def test_fifty_thousand_stages_of_threads_and_tasks_at_once_are_each_stored_once
         assert stats.complete, str(stats)
         assert stats.recorded == total
 
-        import sqlite3
-
         server.stop()
         with sqlite3.connect(server.db) as db:
             rows = db.execute("SELECT stage_id, parent_stage_id, run_id FROM stage_events").fetchall()
@@ -291,6 +291,46 @@ def test_a_dead_server_a_full_queue_and_broken_objects_are_not_felt(caplog: pyte
     assert stats.dropped["queue_full"] > 0
     assert stats.pending == 0
     assert "secret" not in caplog.text
+
+
+def test_a_server_that_is_killed_under_load_and_comes_back_gets_everything_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    recorded: list[str] = []
+    stop = threading.Event()
+    tracer = StageTracer(
+        "killed", f"http://127.0.0.1:{port}", flush_interval_s=0.05, retry_initial_s=0.05, retry_max_s=0.2
+    )
+
+    def record() -> None:
+        while not stop.wait(0.002):
+            recorded.append(tracer.record_stage("work", attributes={"text": "보험" * 50}))
+
+    threads = [threading.Thread(target=record) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        server = LiveServer(tmp_path / "x.db", port=port)
+        time.sleep(0.7)
+        server.stop(signal.SIGKILL)
+        time.sleep(0.3)
+    with_the_last_server = LiveServer(tmp_path / "x.db", port=port)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    report = tracer.shutdown(30)
+    with_the_last_server.stop()
+    assert report.complete, str(report)
+    with sqlite3.connect(tmp_path / "x.db") as db:
+        stored_ids = [stage_id for (stage_id,) in db.execute("SELECT stage_id FROM stage_events")]
+    db.close()
+    assert len(recorded) > 1000
+    assert sorted(stored_ids) == sorted(recorded)
+    lines = [record.getMessage() for record in caplog.records]
+    began = [line for line in lines if "cannot deliver" in line]
+    ended = [line for line in lines if "again after" in line]
+    assert len(lines) == len(began) + len(ended) <= 8, "a line when an outage begins, one when it ends, none between"
 
 
 def test_a_disabled_tracer_has_no_thread_no_network_and_no_events() -> None:
