@@ -515,7 +515,7 @@ def test_sigkill_under_load_costs_nothing_that_was_acknowledged(tmp_path: Path, 
 def test_a_slow_database_does_not_hold_up_the_event_loop(tmp_path: Path, run: str) -> None:
     class Slow(SQLiteStore):
         def save(self, events: Any) -> None:
-            time.sleep(1)
+            time.sleep(2)
             super().save(events)
 
     store = Slow(tmp_path / "x.db")
@@ -531,5 +531,5 @@ def test_a_slow_database_does_not_hold_up_the_event_loop(tmp_path: Path, run: st
         return healthy_s, time.monotonic() - started
 
     healthy_s, stored_s = asyncio.run(ask_both())
-    assert healthy_s < 0.8 < 1 <= stored_s
+    assert healthy_s < 1.5 < 2 <= stored_s
     store.close()

@@ -300,7 +300,7 @@ def test_one_stage_is_found_by_its_id(store: Store) -> None:
 
 
 def test_writing_waits_for_a_lock_no_longer_than_reading_can_bear(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evalvault_sdk.server.store.sqlite._BUSY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("evalvault_sdk.server.store.sqlite._BUSY_TIMEOUT_S", 1.0)
     store = open_store(str(path))
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -317,10 +317,10 @@ def test_writing_waits_for_a_lock_no_longer_than_reading_can_bear(path: Path, mo
     for thread in threads:
         thread.start()
     assert now(store).count("r") == 0, "reading does not wait for writing"
-    assert time.monotonic() - started < 0.25
+    assert time.monotonic() - started < 0.9
     for thread in threads:
         thread.join()
-    assert time.monotonic() - started < 2, "they do not queue up one timeout behind the other"
+    assert time.monotonic() - started < 5, "they do not queue up one timeout behind the other"
     assert len(errors) == 10
     other.close()
     store.close()
