@@ -98,5 +98,5 @@ def run(app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None] =
                 else f"{host!r} is no address to listen on"
             ) from None
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
-        # No access log: a line per batch says nothing, and costs as much as the batch.
+        # No access log: a line per batch tells nobody anything.
         uvicorn.Server(uvicorn.Config(app, access_log=False)).run(sockets=[listening])

@@ -50,7 +50,7 @@ class IngestLimits:
     max_body_bytes: int = 16 << 20
     #: Bytes of a body after unpacking: a bomb of 16 MiB would unpack to 16 GiB.
     max_unpacked_bytes: int = 32 << 20
-    #: Objects and lists in a body: each costs up to a hundred times its two bytes once it is parsed.
+    #: Objects and lists in a body: an empty one is two bytes on the wire, and some ninety once it is parsed.
     max_containers: int = 500_000
     #: Events in a body.
     max_events: int = 10_000

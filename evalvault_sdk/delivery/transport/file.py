@@ -33,7 +33,7 @@ class FileTransport:
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         """Append the batch and wait until it is on the disk."""
         try:
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,9 +4,9 @@ Post batches to `/api/stage/events`.
 In:   a `Batch`, in the worker's thread.
 Out:  its outcome, read from the status and from the server's verdict on each event.
 
-One keep-alive session. `requests` is imported when the first batch is sent: it costs a tenth of a second
-that a program's start should not pay. Redirects are not followed: a POST that turns into a GET, or a login
-page with status 200, would look like a delivery.
+One keep-alive session. `requests` is imported when the first batch is sent: its import is not for a program's
+start to pay. Redirects are not followed: a POST that turns into a GET, or a login page with status 200, would
+look like a delivery.
 """
 
 from __future__ import annotations
