@@ -80,7 +80,7 @@ def draw_waterfall(console: Console, events: Sequence[Mapping[str, Any]], title:
     width = max(_MIN_BAR, min(_MAX_BAR, console.width - _BESIDE_BAR))
     table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column(f"0 to {whole:,.2f} ms", no_wrap=True)
+    table.add_column(f"0 to {whole:,.2f} ms" if starts else "no times recorded", no_wrap=True)
     table.add_column("outcome", min_width=8)
     for depth, event in _tree(events):
         start = _start(event)

@@ -342,6 +342,7 @@ def test_a_run_without_trace_ids_has_a_waterfall_too(tmp_path: Path) -> None:
     command("ingest", str(DATA / "run_20260103_001.jsonl"), "--db", db)
     shown = command("show", "run_20260103_001", "--db", db).stdout
     tree = shown.split("without trace ids")[1].split("Every metric")[0]
+    assert "no times recorded" in tree
     for kind in ("system_prompt", "  input", "    retrieval", "      rerank", "        output"):
         assert f"│ {kind}" in tree
 
