@@ -40,13 +40,13 @@ def count(minimum: int) -> Callable[[Any, Any, Any], None]:
     return check
 
 
-def seconds(minimum: float) -> Callable[[Any, Any, Any], None]:
-    """Accept a number of seconds from `minimum` to a day."""
+def seconds(minimum: float, maximum: float = _LONGEST_S) -> Callable[[Any, Any, Any], None]:
+    """Accept a number of seconds from `minimum` to `maximum`, by default a day."""
 
     def check(_instance: Any, attribute: Any, value: Any) -> None:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not minimum <= value <= _LONGEST_S:
-            raise ConfigurationError(f"{attribute.name} must be a number of seconds from {minimum:g} to {_LONGEST_S:g}")
+        if not good or not minimum <= value <= maximum:
+            raise ConfigurationError(f"{attribute.name} must be a number of seconds from {minimum:g} to {maximum:.0f}")
 
     return check
 
@@ -68,6 +68,12 @@ def is_path(_instance: Any, attribute: Any, value: Any) -> None:
     """Accept the path of a file, or None."""
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise ConfigurationError(f"{attribute.name} must be the path of a file")
+
+
+def is_callable(_instance: Any, attribute: Any, value: Any) -> None:
+    """Accept something to call, or None."""
+    if value is not None and not callable(value):
+        raise ConfigurationError(f"{attribute.name} must be a function")
 
 
 def is_cert(_instance: Any, attribute: Any, value: Any) -> None:
@@ -137,6 +143,14 @@ def stripped_or_none(value: Any) -> Any:
 def as_path(value: Any) -> Any:
     """Return a path as text."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def as_absolute_path(value: Any) -> Any:
+    """Return a path as text from the root, with the user's home for `~`: the program may change its folder later."""
+    value = as_path(value)
+    if not isinstance(value, str) or not value.strip():
+        return value
+    return os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111 - text in, text out
 
 
 def without_slash(value: Any) -> Any:

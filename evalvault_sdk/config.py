@@ -136,19 +136,67 @@ class Settings:
         read=checks.read_whole_number,
         validator=checks.count(1024),
     )
+    durability: Literal["memory", "spool", "journal"] = _setting(
+        "EVALVAULT_DURABILITY",
+        "What is put on disk: nothing (`memory`), what cannot be delivered (`spool`), or every event as it is "
+        "recorded (`journal`).",
+        default="spool",
+        validator=checks.one_of("memory", "spool", "journal"),
+    )
+    spool_dir: str | None = _setting(
+        "EVALVAULT_SPOOL_DIR",
+        "The folder for that; by default `~/.local/state/evalvault/spool`, or one in the folder for temporary files.",
+        default=None,
+        converter=checks.as_absolute_path,
+        validator=checks.is_path,
+    )
+    spool_max_bytes: int = _setting(
+        "EVALVAULT_SPOOL_MAX_BYTES",
+        "Bytes on disk at most, for each destination.",
+        default=512 * _MEBIBYTE,
+        read=checks.read_whole_number,
+        validator=checks.count(1 << 16),
+    )
+    spool_max_age_s: float = _setting(
+        "EVALVAULT_SPOOL_MAX_AGE_S",
+        "Seconds after which what is on disk is given up.",
+        default=7 * 86_400.0,
+        read=checks.read_number,
+        validator=checks.seconds(60, 3650 * 86_400.0),
+    )
+    spool_policy: Literal["drop_oldest", "drop_newest"] = _setting(
+        "EVALVAULT_SPOOL_POLICY",
+        "When that much is on disk: `drop_oldest` or `drop_newest`.",
+        default="drop_oldest",
+        validator=checks.one_of("drop_oldest", "drop_newest"),
+    )
     max_queue_events: int = _setting(
         "EVALVAULT_MAX_QUEUE_EVENTS",
-        "Events that wait in memory at most; more are dropped and counted.",
+        "Events of one tracer that wait in memory at most.",
         default=100_000,
         read=checks.read_whole_number,
         validator=checks.count(1),
     )
     max_queue_bytes: int = _setting(
         "EVALVAULT_MAX_QUEUE_BYTES",
-        "Bytes of JSON that wait in memory at most.",
+        "Bytes of JSON of one tracer that wait in memory at most.",
         default=64 * _MEBIBYTE,
         read=checks.read_whole_number,
         validator=checks.count(1024),
+    )
+    queue_policy: Literal["spool", "drop_oldest", "drop_newest", "block"] = _setting(
+        "EVALVAULT_QUEUE_POLICY",
+        "When more comes: to disk (`spool`; with `memory` as `drop_newest`), `drop_oldest`, `drop_newest`, or let the "
+        "program wait (`block`).",
+        default="spool",
+        validator=checks.one_of("spool", "drop_oldest", "drop_newest", "block"),
+    )
+    queue_block_timeout_s: float = _setting(
+        "EVALVAULT_QUEUE_BLOCK_TIMEOUT_S",
+        "Seconds that `block` lets the program wait before the event is dropped.",
+        default=1.0,
+        read=checks.read_number,
+        validator=checks.seconds(0),
     )
     connect_timeout_s: float = _setting(
         "EVALVAULT_CONNECT_TIMEOUT_S",
@@ -159,7 +207,7 @@ class Settings:
     )
     read_timeout_s: float = _setting(
         "EVALVAULT_READ_TIMEOUT_S",
-        "Seconds to wait for an answer.",
+        "Seconds to wait for an answer, all of it.",
         default=10.0,
         read=checks.read_number,
         validator=checks.seconds(0.01),
@@ -184,6 +232,31 @@ class Settings:
         default=2.0,
         read=checks.read_number,
         validator=checks.seconds(0),
+    )
+    handle_sigterm: bool = _setting(
+        "EVALVAULT_HANDLE_SIGTERM",
+        "`True`: on SIGTERM deliver first, or put on disk, what was recorded; then do what SIGTERM did before.",
+        default=False,
+        read=checks.read_flag,
+        validator=checks.is_bool,
+    )
+    on_drop: Callable[[str, int], object] | None = _setting(
+        None,
+        "Called with a reason and a number when events were lost. All callbacks run in the background thread.",
+        default=None,
+        validator=checks.is_callable,
+    )
+    on_error: Callable[[str], object] | None = _setting(
+        None,
+        "Called with a sentence when a request failed, events were rejected, or the disk could not be written.",
+        default=None,
+        validator=checks.is_callable,
+    )
+    on_state_change: Callable[[str], object] | None = _setting(
+        None,
+        'Called with `"outage"` when one begins, and with `"delivering"` when it ends.',
+        default=None,
+        validator=checks.is_callable,
     )
 
     @classmethod
@@ -255,10 +328,21 @@ class SettingArguments(TypedDict, total=False):
     batch_events: int | None
     max_batch_events: int | None
     max_batch_bytes: int | None
+    durability: Literal["memory", "spool", "journal"] | None
+    spool_dir: str | os.PathLike[str] | None
+    spool_max_bytes: int | None
+    spool_max_age_s: float | None
+    spool_policy: Literal["drop_oldest", "drop_newest"] | None
     max_queue_events: int | None
     max_queue_bytes: int | None
+    queue_policy: Literal["spool", "drop_oldest", "drop_newest", "block"] | None
+    queue_block_timeout_s: float | None
     connect_timeout_s: float | None
     read_timeout_s: float | None
     retry_initial_s: float | None
     retry_max_s: float | None
     shutdown_timeout_s: float | None
+    handle_sigterm: bool | None
+    on_drop: Callable[[str, int], object] | None
+    on_error: Callable[[str], object] | None
+    on_state_change: Callable[[str], object] | None

@@ -23,11 +23,9 @@ from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import NOWHERE, StageContext, as_object, as_reference, parent_and_trace
 from evalvault_sdk.config import SettingArguments, Settings
 from evalvault_sdk.delivery.account import FlushReport, Stats
+from evalvault_sdk.delivery.lifecycle import handle_sigterm
+from evalvault_sdk.delivery.outbox import Outbox, open_outbox
 from evalvault_sdk.delivery.transport.base import Transport
-from evalvault_sdk.delivery.transport.file import FileTransport
-from evalvault_sdk.delivery.transport.http import HttpTransport
-from evalvault_sdk.delivery.transport.store import StoreTransport
-from evalvault_sdk.delivery.worker import Worker
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of
 
@@ -61,13 +59,15 @@ class StageTracer:
         **settings: Unpack[SettingArguments],
     ) -> None:
         self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
-        self._worker = Worker(transport or _transport_for(self.settings), self.settings)
-        sink = self._worker.queue if self.settings.enabled else NOWHERE.sink
+        self._outbox = open_outbox(self.settings, transport)
+        sink = self._outbox.queue if self.settings.enabled else NOWHERE.sink
         self._recorder = Recorder(self.settings.run_id, sink)
         # When nobody can record any more (tracer, open stages and decorated functions all refer to the
-        # recorder), the thread delivers what it has, and ends.
-        self._finalizer = weakref.finalize(self._recorder, Worker.close, self._worker)
+        # recorder), the thread delivers what it has, and ends with the last tracer.
+        self._finalizer = weakref.finalize(self._recorder, Outbox.close, self._outbox)
         self._finalizer.atexit = False  # the worker has its own way to end with the process
+        if self.settings.enabled and self.settings.handle_sigterm:
+            handle_sigterm()
 
     @property
     def run_id(self) -> str:
@@ -202,7 +202,7 @@ class StageTracer:
         `in_time` of the result says whether all of it met its fate; the rest of it is the account of all
         events so far. Everything ever recorded has arrived when `complete` is true.
         """
-        return self._worker.flush(timeout)
+        return self._outbox.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> FlushReport:
         """
@@ -211,11 +211,11 @@ class StageTracer:
         What is recorded later is counted as dropped (`closed`). May be called again, to no effect.
         """
         self._finalizer.detach()
-        return self._worker.shutdown(self.settings.shutdown_timeout_s if timeout is None else timeout)
+        return self._outbox.shutdown(timeout)
 
     def stats(self) -> Stats:
         """Return what became of all events recorded so far. The account balances at every instant."""
-        return self._worker.account.stats()
+        return self._outbox.stats()
 
     def __enter__(self) -> StageTracer:
         return self
@@ -226,12 +226,4 @@ class StageTracer:
         self.shutdown()
 
     def __repr__(self) -> str:
-        return f"StageTracer(run_id={self.run_id!r}, destination={self._worker.destination!r})"
-
-
-def _transport_for(settings: Settings) -> Transport:
-    if settings.file is not None:
-        return FileTransport(settings.file)
-    if settings.db_path is not None:
-        return StoreTransport(settings.db_path)
-    return HttpTransport(settings)
+        return f"StageTracer(run_id={self.run_id!r}, destination={self._outbox.destination!r})"

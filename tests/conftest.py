@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +12,11 @@ from tests.support import LiveServer, live_server
 
 
 @pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith("EVALVAULT_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("EVALVAULT_SPOOL_DIR", str(tmp_path / "spool"))
 
 
 @pytest.fixture(scope="session")

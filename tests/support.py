@@ -40,8 +40,12 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without settings of the SDK, and with the checkout's package on the path."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALVAULT_")}
+    """Return the environment with no setting of the SDK but the test's spool, and the package on the path."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("EVALVAULT_") or name == "EVALVAULT_SPOOL_DIR"
+    }
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 

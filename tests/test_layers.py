@@ -30,7 +30,7 @@ ONLY_IN = {
     "uvicorn": {"server/app.py"},
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
-    "tenacity": {"delivery/retry.py"},
+    "tenacity": {"delivery/breaker.py"},
     "requests": {"delivery/transport/http.py", "cli/source.py", "cli/demo.py"},
 }
 

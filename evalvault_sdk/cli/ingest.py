@@ -21,9 +21,8 @@ import attrs
 from evalvault_sdk.capture.encode import encode
 from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.batch import Batch
-from evalvault_sdk.delivery.queue import Wakeup
-from evalvault_sdk.delivery.retry import Retry
-from evalvault_sdk.delivery.transport.base import Delivered, Refused, RejectedEvent, RetryLater, TooLarge
+from evalvault_sdk.delivery.breaker import Breaker
+from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, RejectedEvent, RetryLater, TooLarge
 from evalvault_sdk.delivery.transport.http import HttpTransport
 from evalvault_sdk.errors import EvalVaultError
 from evalvault_sdk.events import StageEvent
@@ -57,22 +56,12 @@ class ServerTarget:
     def __init__(self, url: str | None, token: str | None) -> None:
         settings = Settings.resolve(run_id="ingest", api_url=url, token=token)
         self._transport = HttpTransport(settings)
-        self._deadline = float("inf")
-        self._retry = Retry(
-            initial_s=settings.retry_initial_s,
-            max_s=5.0,
-            hurry=Wakeup(),
-            should_stop=lambda: time.monotonic() >= self._deadline,
-            ending=lambda: False,
-            urgent=lambda: False,
-            on_failure=self._failed,
-        )
+        self._breaker = Breaker(initial_s=settings.retry_initial_s, max_s=5.0)
 
     def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
         """Post `events` in one request, or in halves where that is too large."""
         batch = Batch(tuple(encode(event.to_dict()) for event in events))
-        self._deadline = time.monotonic() + _GIVE_UP_AFTER_S
-        outcome = self._retry.run(lambda: self._transport.send(batch))
+        outcome = self._send(batch)
         if isinstance(outcome, Delivered):
             return outcome.rejected
         if isinstance(outcome, RetryLater):
@@ -87,9 +76,16 @@ class ServerTarget:
         second = tuple(attrs.evolve(r, index=r.index + middle) for r in self.store(events[middle:]))
         return self.store(events[:middle]) + second
 
-    def _failed(self, outcome: RetryLater) -> None:
-        if outcome.advice is not None:
-            self._deadline = 0.0  # it wants a person: waiting does not help
+    def _send(self, batch: Batch) -> Outcome:
+        until = time.monotonic() + _GIVE_UP_AFTER_S
+        while isinstance(outcome := self._transport.send(batch), RetryLater):
+            self._breaker.failed(outcome)
+            wait_s = self._breaker.wait_s()
+            if outcome.advice is not None or time.monotonic() + wait_s > until:
+                return outcome  # with an advice it wants a person: waiting does not help
+            time.sleep(wait_s)
+        self._breaker.succeeded()
+        return outcome
 
 
 class FileTarget:

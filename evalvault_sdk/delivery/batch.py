@@ -2,7 +2,7 @@
 Decide how many waiting events go into the next request, and give it its form.
 
 In:   encoded events, oldest first, and ceilings.
-Out:  a `Batch`, its JSON body, and its halves when it proved too large.
+Out:  a `Batch`, its JSON body, and its parts when it has to be cut.
 Pure: no clock, thread or socket. The worker decides when, this decides how many.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import collections
 
 import attrs
+
+from evalvault_sdk.delivery.account import Share
 
 _OPEN = b'{"events":['
 _CLOSE = b"]}"
@@ -23,6 +25,8 @@ class Batch:
     """Events of one request, owned by the worker until their outcome is known."""
 
     events: tuple[bytes, ...]
+    #: Whose events they are, in their order; their counts add up to the batch's.
+    shares: tuple[Share, ...] = ()
 
     def __len__(self) -> int:
         return len(self.events)
@@ -31,10 +35,26 @@ class Batch:
         """Return the JSON body: the events' own bytes, unchanged."""
         return _OPEN + b",".join(self.events) + _CLOSE
 
+    def split(self, count: int) -> tuple[Batch, Batch]:
+        """Return the first `count` events and the rest."""
+        first, rest = split_shares(self.shares, count)
+        return Batch(self.events[:count], first), Batch(self.events[count:], rest)
+
     def halves(self) -> tuple[Batch, Batch]:
         """Return the first and the second half, for a server that found the whole too large."""
-        middle = len(self.events) // 2
-        return Batch(self.events[:middle]), Batch(self.events[middle:])
+        return self.split(len(self.events) // 2)
+
+
+def split_shares(shares: tuple[Share, ...], count: int) -> tuple[tuple[Share, ...], tuple[Share, ...]]:
+    """Return whose the first `count` events are, and whose the rest."""
+    first: list[Share] = []
+    for number, share in enumerate(shares):
+        if share.count > count:
+            cut = [share.part(count)] if count else []
+            return (*first, *cut), (share.part(share.count - count), *shares[number + 1 :])
+        first.append(share)
+        count -= share.count
+    return tuple(first), ()
 
 
 @attrs.frozen(kw_only=True)
@@ -46,13 +66,16 @@ class BatchLimits:
     #: Bytes of JSON before compression, brackets and commas included. A larger event goes alone.
     max_bytes: int = 4 << 20
 
-    def take_from(self, events: collections.deque[bytes]) -> Batch:
-        """Move the first events that fit out of `events`, at least one if there is one."""
-        taken: list[bytes] = []
-        size = ENVELOPE_BYTES - 1  # the last event has no comma
-        while events and len(taken) < self.max_events:
-            size += len(events[0]) + 1
-            if taken and size > self.max_bytes:
+    def take_from(self, events: collections.deque[bytes], taken: list[bytes], size: int, at_most: int) -> int:
+        """
+        Move the first events that fit from `events` to `taken`, whose body would have `size` bytes so far.
+
+        At most `at_most` of them in one call; at least one, if `taken` is empty. Returns the body's new size.
+        """
+        for _ in range(min(at_most, len(events), self.max_events - len(taken))):
+            larger = size + len(events[0]) + 1
+            if taken and larger > self.max_bytes + 1:  # the last event has no comma
                 break
             taken.append(events.popleft())
-        return Batch(tuple(taken))
+            size = larger
+        return size

@@ -4,8 +4,9 @@ Follow the process: what becomes of workers when it ends, and when it forks.
 In:   workers as they are made, started and ended; the interpreter's own hooks.
 Out:  every started worker ended with the process, within its timeout; every worker of a forked child told.
 
-Hooks: `atexit` (also for exceptions, `sys.exit`, daemon threads), multiprocessing's finalizers for its
-children, which leave without running `atexit`, and `os.register_at_fork`.
+Hooks: `atexit` (also for exceptions, `sys.exit`, daemon threads), the finalizers of multiprocessing and of
+billiard (Celery's) for their children, which leave without running `atexit`, `os.register_at_fork`, and SIGTERM
+for a program that asks for it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
+import threading
 import weakref
-from typing import TYPE_CHECKING
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from evalvault_sdk.log import warn
 
 if TYPE_CHECKING:
     from evalvault_sdk.delivery.worker import Worker
@@ -33,11 +39,16 @@ def made(worker: Worker) -> None:
 def started(worker: Worker) -> None:
     """From now on `worker` has events to deliver before the process ends."""
     _running.add(worker)
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
-        from multiprocessing import util
+    for package in ("multiprocessing", "billiard"):
+        process = sys.modules.get(f"{package}.process")
+        if process is not None and _is_child(process):
+            sys.modules[f"{package}.util"].Finalize(None, _end_all, exitpriority=0)
 
-        util.Finalize(None, _end_all, exitpriority=0)
+
+def _is_child(process: ModuleType) -> bool:
+    if hasattr(process, "parent_process"):
+        return process.parent_process() is not None
+    return type(process.current_process()).__name__ != "_MainProcess"  # billiard has no parent_process
 
 
 def ended(worker: Worker) -> None:
@@ -52,7 +63,37 @@ def _end_all() -> None:
         worker.close()
     for worker in workers:
         with contextlib.suppress(Exception):
-            worker.shutdown(0.0)
+            worker.end()
+
+
+#: What SIGTERM did before us.
+_before: Any = None
+
+
+def handle_sigterm() -> None:
+    """From now on deliver what was recorded when SIGTERM comes, then do what was done before."""
+    global _before
+    if threading.current_thread() is not threading.main_thread():
+        warn("SIGTERM can be handled from the main thread only: make the tracer with handle_sigterm there")
+        return
+    current = signal.getsignal(signal.SIGTERM)
+    if current is not _on_sigterm:
+        _before = current
+        signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    if callable(_before):
+        # The program will end in its own way and time, and record more until then. How it ends is not for us to
+        # know, so from here on nothing is in memory alone.
+        for worker in list(_running):
+            with contextlib.suppress(Exception):
+                worker.brace()
+        _before(number, frame)
+    elif _before == signal.SIG_DFL:
+        _end_all()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _after_fork_in_child() -> None:

@@ -1,22 +1,33 @@
 """
 Hold encoded events between the program's threads and the worker.
 
-In:   `put`, from any thread of the program: an append under a lock held for a moment, never a wait.
+In:   `put`, from any thread of the program: an append under a lock held for a moment.
 Out:  `take`, from the worker: the oldest events, as a batch that it then owns.
 
-Bounded in events and in bytes; what does not fit is dropped and counted. The worker sleeps on `wakeup` and
-is woken when a batch is full; otherwise it comes by itself once per flush interval, so that a put costs no
-context switch.
+Bounded in events and in bytes; what happens to an event that does not fit is the `QueuePolicy`. The worker
+sleeps on `wakeup` and is woken when a batch is full; otherwise it comes by itself once per flush interval, so
+that a put costs no context switch. With a journal, an event goes to disk first and into memory only if it
+cannot.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Literal, Protocol
 
-from evalvault_sdk.delivery.account import Account, DropReason
-from evalvault_sdk.delivery.batch import Batch, BatchLimits
+import attrs
+
+from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Share
+from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
+
+#: What becomes of an event for which the queue has no room: it goes to disk; the oldest one makes room; it is
+#: lost; its thread waits for room.
+QueuePolicy = Literal["spool", "drop_oldest", "drop_newest", "block"]
+
+#: So many events are taken at once under the lock: more would hold up the program's threads.
+_AT_ONCE = 256
 
 
 class Wakeup:
@@ -46,101 +57,160 @@ class Wakeup:
         return woken
 
 
+class Overflow(Protocol):
+    """Where events go that are not to stay in memory: the spool. Its methods want the ledger's lock held."""
+
+    #: Whether the last event was refused because the bounds on disk are reached.
+    full: bool
+
+    def append(self, event: bytes, account: Account) -> bool:
+        """Write an event to disk, or return False."""
+
+
+@attrs.frozen(kw_only=True)
+class QueueLimits:
+    """How much may wait in memory, and what happens beyond."""
+
+    max_events: int = 100_000
+    max_bytes: int = 64 << 20
+    policy: QueuePolicy = "drop_newest"
+    #: Seconds that the policy `block` waits for room.
+    block_timeout_s: float = 1.0
+    #: The worker is woken when so much waits: a batch is full.
+    wake_at_events: int = 512
+    wake_at_bytes: int = 4 << 20
+
+
 class EventQueue:
-    """Encoded events, oldest first."""
+    """One tracer's encoded events, oldest first."""
 
     def __init__(
         self,
-        account: Account,
+        ledger: Ledger,
+        limits: QueueLimits | None = None,
         *,
-        max_events: int,
-        max_bytes: int,
-        max_event_bytes: int,
-        wake_at_events: int,
-        wake_at_bytes: int,
+        wakeup: Wakeup | None = None,
+        overflow: Overflow | None = None,
+        journal: bool = False,
     ) -> None:
-        self._account = account
-        self._max_events = max_events
-        self._max_bytes = max_bytes
-        self._max_event_bytes = min(max_event_bytes, max_bytes)
+        limits = limits or QueueLimits()
+        self.account = Account(ledger)
+        self._ledger = ledger
+        self._limits = limits
+        self._max_events = limits.max_events
+        self._max_bytes = limits.max_bytes
         # At half of the bounds at the latest: the worker needs room to come in time.
-        self._wake_at_events = min(wake_at_events, (max_events + 1) // 2)
-        self._wake_at_bytes = min(wake_at_bytes, max_bytes // 2)
-        self._closed = False
+        self._wake_at_events = min(limits.wake_at_events, (limits.max_events + 1) // 2)
+        self._wake_at_bytes = min(limits.wake_at_bytes, limits.max_bytes // 2)
+        self._overflow = overflow
+        self._journal = overflow if journal else None
+        self.closed = False
         #: Called after a put, in the caller's thread, until it is set to None: it starts the worker.
         self.on_first_put: Callable[[], None] | None = None
-        self.start_over()
+        #: Whether the calling thread is the one that makes room: then it must not wait for it.
+        self.is_worker: Callable[[], bool] = lambda: False
+        self.start_over(wakeup or Wakeup())
 
-    def start_over(self) -> None:
-        """Begin with the account's own lock and events, which are new: at first, and in a forked child."""
-        self._lock = self._account.lock
-        self._events = self._account.waiting
-        self._bytes = 0
-        self.wakeup = Wakeup()
+    def start_over(self, wakeup: Wakeup) -> None:
+        """Begin empty, with the ledger's lock, which is new: at first, and in a forked child."""
+        self.account.start_over()
+        self._lock = self._ledger.lock
+        self.wakeup = wakeup
 
     def put(self, event: bytes) -> bool:
         """Take an event, or count it as dropped and return False."""
-        size = len(event)
         with self._lock:
-            total = self._bytes + size
-            if (
-                total > self._max_bytes
-                or len(self._events) >= self._max_events
-                or size > self._max_event_bytes
-                or self._closed
-            ):
-                self.refuse(self._why_not(size))
-                return False
-            self._events.append(event)
-            self._bytes = total
-        if total >= self._wake_at_bytes or len(self._events) >= self._wake_at_events:
+            account = self.account
+            if self._journal is not None and not self.closed and self._journal.append(event, account):
+                count = len(self._ledger.direct)
+                total = 0
+            else:
+                total = account.waiting_bytes + len(event)
+                if total > self._max_bytes or len(account.waiting) >= self._max_events or self.closed:
+                    if not self._find_room(event):
+                        return False
+                    total = account.waiting_bytes  # it may have changed, or the event is on disk
+                else:
+                    account.waiting.append(event)
+                    account.waiting_bytes = total
+                count = len(account.waiting)
+        if count >= self._wake_at_events or total >= self._wake_at_bytes:
             self.wakeup.set()
         start = self.on_first_put
         if start is not None:
             start()
         return True
 
-    def _why_not(self, size: int) -> DropReason:
-        if self._closed:
-            return "closed"
-        return "too_large" if size > self._max_event_bytes else "queue_full"
+    def _find_room(self, event: bytes) -> bool:
+        """Keep an event although the queue is full or closed, as the policy says, or count it as dropped."""
+        account, limits, size = self.account, self._limits, len(event)
+        if self.closed or size > self._max_bytes:
+            self.refuse("closed" if self.closed else "too_large")
+            return False
+        reason: DropReason = "queue_full"
+        if limits.policy == "spool" and self._overflow is not None:
+            if self._overflow.append(event, account):
+                return True
+            if self._overflow.full:
+                reason = "spool_full"
+        elif limits.policy == "drop_oldest":
+            while not self._has_room(size):
+                account.waiting_bytes -= len(account.waiting.popleft())
+                account.taken += 1
+                account.drop("queue_full")
+        elif limits.policy == "block" and not self.is_worker():
+            self.wakeup.set()
+            self._ledger.settled.wait_for(lambda: self.closed or self._has_room(size), limits.block_timeout_s)
+            if self.closed:
+                reason = "closed"
+        if self.closed or not self._has_room(size):
+            self.refuse(reason)
+            return False
+        account.waiting.append(event)
+        account.waiting_bytes += size
+        return True
+
+    def _has_room(self, size: int) -> bool:
+        account = self.account
+        return account.waiting_bytes + size <= self._max_bytes and len(account.waiting) < self._max_events
 
     def refuse(self, reason: DropReason) -> None:
         """Count an event that was recorded and could not be put."""
         with self._lock:
-            self._account.refused += 1
-            self._account.drop(reason)
+            self.account.refuse(reason)
 
-    def take(self, limits: BatchLimits) -> Batch:
-        """Move the oldest events from queued to in flight and return them: none, if there are none."""
-        with self._lock:
-            batch = limits.take_from(self._events)
-            self._account.taken += len(batch)
-            self._account.in_flight += len(batch)
-            # What an interrupt between two lines of `put` may have left over ends with the last event.
-            self._bytes = self._bytes - sum(map(len, batch.events)) if self._events else 0
-            return batch
+    def begin_journal(self, journal: Overflow) -> None:
+        """From now on write every event to disk before `put` returns."""
+        self._journal = journal
 
-    def put_back(self, batch: Batch) -> None:
-        """Return events that were taken and not sent, to where they were."""
-        with self._lock:
-            self._events.extendleft(reversed(batch.events))
-            self._bytes += sum(map(len, batch.events))
-            self._account.taken -= len(batch)
-            self._account.in_flight -= len(batch)
+    @property
+    def due(self) -> bool:
+        """Whether a full batch waits."""
+        account = self.account
+        return len(account.waiting) >= self._wake_at_events or account.waiting_bytes >= self._wake_at_bytes
 
     def close(self) -> None:
         """From now on count every put as dropped (`closed`)."""
-        self._closed = True
+        self.closed = True
 
-    def drop_all(self, reason: DropReason) -> int:
-        """Give up what is waiting, count it as dropped for `reason`, and return how much it was."""
-        with self._lock:
-            count = len(self._events)
-            self._events.clear()
-            self._bytes = 0
-            self._account.taken += count
-            if count:
-                self._account.drop(reason, count)
-                self._account.settled.notify_all()
-            return count
+
+def take(queues: Iterable[EventQueue], limits: BatchLimits, ledger: Ledger) -> Batch:
+    """Move the oldest events of `queues` from queued to in flight and return them: none, if there are none."""
+    taken: list[bytes] = []
+    shares: list[Share] = []
+    size = ENVELOPE_BYTES
+    for queue in queues:
+        account = queue.account
+        while True:
+            with ledger.lock:
+                before = len(taken)
+                size = limits.take_from(account.waiting, taken, size, _AT_ONCE)
+                new = taken[before:]
+                if new:
+                    shares.append(account.take(len(new)))
+                    # What an interrupt between two lines of `put` may have left over ends with the last event.
+                    account.waiting_bytes = account.waiting_bytes - sum(map(len, new)) if account.waiting else 0
+                    ledger.settled.notify_all()
+            if len(new) < _AT_ONCE:
+                break
+    return Batch(tuple(taken), tuple(shares))

@@ -1,20 +1,25 @@
 """
-Take events from the queue, deliver them, and settle the account.
+Take events from queues and spool, deliver them, and settle the account.
 
-In:   events in the queue; the wish to flush or to end, from the program's threads.
-Out:  every event delivered, rejected, or counted as dropped.
+In:   events in the queues of all tracers that share this worker; the wish to flush or to end.
+Out:  every event delivered, rejected, on disk for later, or counted as dropped.
 
 One daemon thread per worker, started by the first event. Only whoever runs `_run` touches the transport:
 that thread, or at the very end of the interpreter, when no thread can be started any more, the one that
-shuts down. What was taken from the queue stays on the account as in flight until its outcome is known.
+shuts down. What was taken is in hand until its outcome is known; when time is up, whoever ends the worker takes
+it out of the thread's hand and puts it on disk.
+
+What is new goes first, then one batch of the backlog, and so in turn: neither starves the other. What could
+not be delivered goes to disk at once, and so does, as long as the destination does not answer, all that comes.
 
 A forked child has none of its parent's threads and all of its memory: its workers start over, empty, with
-locks and a connection of their own; what waited at the fork is the parent's to deliver.
+locks, files and a connection of their own; what waited at the fork is the parent's to deliver.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,82 +28,97 @@ import attrs
 
 from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery import lifecycle
-from evalvault_sdk.delivery.account import Account, FlushReport
+from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
-from evalvault_sdk.delivery.queue import EventQueue, Wakeup
-from evalvault_sdk.delivery.retry import Retry
+from evalvault_sdk.delivery.breaker import Breaker
+from evalvault_sdk.delivery.folder import default_root
+from evalvault_sdk.delivery.notices import Notices
+from evalvault_sdk.delivery.oversize import shrink
+from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, Wakeup, take
+from evalvault_sdk.delivery.segment import Segment
+from evalvault_sdk.delivery.spool import Reading, Spool
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, RetryLater, TooLarge, Transport
-from evalvault_sdk.log import Rarely, warn
 
-#: After a fault of our own, so many seconds pass before the next try.
-_FAULT_PAUSE_S = 1.0
-#: A flush waits so long for another thread that is about to start the worker.
-_START_WAIT_S = 5.0
-#: So long a shutdown waits for another thread that is saying what was lost.
-_TELL_WAIT_S = 0.5
 #: A batch that is refused as a whole is halved at most so often in the search for the events at fault.
 _MAX_HALVINGS = 64
+#: So many events the first batch of a backlog has; each one that goes well doubles it.
+_SLOW_START = 64
+#: So often the spool's folder is looked at, for what ended processes left.
+_LOOK_AROUND_S = 5.0
+#: More segments than this, freshly written by the program's threads, are a backlog.
+_MAX_FRESH = 2
+
+
+@attrs.define(eq=False)
+class _Hand:
+    """What is being sent: parts of a batch, the next one last; and where it came from."""
+
+    parts: list[Batch]
+    segment: Segment | None = None
+    reading: Reading | None = None
+
+    def rest(self) -> Batch:
+        parts = self.parts[::-1]
+        return Batch(
+            tuple(event for part in parts for event in part.events), tuple(s for part in parts for s in part.shares)
+        )
 
 
 class Worker:
-    """The thread between one queue and one transport."""
+    """The thread between the queues of one destination and its transport."""
 
     def __init__(
         self, transport: Transport, settings: Settings, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.account = Account()
-        self.queue = EventQueue(
-            self.account,
-            max_events=settings.max_queue_events,
-            max_bytes=settings.max_queue_bytes,
-            max_event_bytes=settings.max_batch_bytes - ENVELOPE_BYTES,
-            wake_at_events=settings.batch_events,
-            wake_at_bytes=settings.max_batch_bytes,
-        )
-        self.queue.on_first_put = self._start
+        self.ledger = Ledger()
+        self.queues: list[EventQueue] = []
         self._transport = transport
-        self._limits = BatchLimits(max_events=settings.max_batch_events, max_bytes=settings.max_batch_bytes)
-        self._flush_interval_s = settings.flush_interval_s
-        self._shutdown_timeout_s = settings.shutdown_timeout_s
+        self._settings = settings
         self._clock = clock
-        self._retry_initial_s = settings.retry_initial_s
-        self._retry_max_s = settings.retry_max_s
+        self._spool: Spool | None = None
+        if settings.durability != "memory":
+            self._spool = Spool(
+                settings.spool_dir or default_root(os.environ),
+                transport.destination,
+                self.ledger,
+                max_bytes=settings.spool_max_bytes,
+                max_age_s=settings.spool_max_age_s,
+                policy=settings.spool_policy,
+            )
+        self._notices = Notices(transport.destination, self.ledger, settings, self._spool, clock)
+        self._breaker = Breaker(initial_s=settings.retry_initial_s, max_s=settings.retry_max_s, clock=clock)
+        self._limits = BatchLimits(max_events=settings.max_batch_events, max_bytes=settings.max_batch_bytes)
         self._closing = False
         self._deadline = float("inf")
         self._abandoned = False
-        self._ended_in_time = True
         self._start_over()
         lifecycle.made(self)
 
     def _start_over(self) -> None:
         """Make what belongs to one process: at first, and in a forked child."""
+        self._wakeup = Wakeup()
         self._hurry = Wakeup()
-        self._retry = Retry(
-            initial_s=self._retry_initial_s,
-            max_s=self._retry_max_s,
-            hurry=self._hurry,
-            should_stop=self._out_of_time,
-            ending=lambda: self._closing,
-            urgent=lambda: self._closing or self._flushes > 0,
-            left_s=lambda: self._deadline - self._clock(),
-            on_failure=self._failed,
-            clock=self._clock,
-        )
         self._starting = threading.Lock()
         self._running = threading.Lock()
+        self._ending = threading.RLock()
         self._thread: threading.Thread | None = None
+        self._hand: _Hand | None = None
         self._flushes = 0
-        self._outage_since: float | None = None
-        self._log = Rarely(self._clock)
-        self._telling = threading.RLock()
-        self._told_dropped: dict[str, int] = {}
+        self._backlog_events = _SLOW_START
+        self._live_at = float("-inf")
+        self._look_around_at = float("-inf")
 
     def after_fork_in_child(self) -> None:
-        """Forget the parent's events, threads, locks and connection."""
-        self.account.start_over()
-        self.queue.start_over()
+        """Forget the parent's events, threads, locks, files and connection."""
+        self.ledger.start_over()
         self._start_over()
-        self.queue.on_first_put = None if self._closing else self._start
+        self._breaker.start_over()
+        self._notices.start_over()
+        for queue in self.queues:
+            queue.start_over(self._wakeup)
+            queue.on_first_put = None if self._closing else self.start
+        if self._spool is not None:
+            self._spool.after_fork_in_child()
         with contextlib.suppress(Exception):
             self._transport.after_fork_in_child()
 
@@ -107,65 +127,134 @@ class Worker:
         """Where events go."""
         return self._transport.destination
 
+    @property
+    def closing(self) -> bool:
+        """Whether it takes no more events."""
+        return self._closing
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     # -- in the program's threads ---------------------------------------------------------------
 
-    def flush(self, timeout_s: float) -> FlushReport:
-        """Deliver what was recorded before this call, waiting at most `timeout_s` seconds."""
-        account, until = self.account, self._clock() + timeout_s
-        with account.lock:
-            goal = account.taken + len(account.waiting)
+    def open_queue(self) -> EventQueue:
+        """Return a new queue whose events this worker delivers."""
+        settings = self._settings
+        policy = settings.queue_policy
+        if policy == "spool" and self._spool is None:
+            policy = "drop_newest"
+        queue = EventQueue(
+            self.ledger,
+            QueueLimits(
+                max_events=settings.max_queue_events,
+                max_bytes=settings.max_queue_bytes,
+                policy=policy,
+                block_timeout_s=settings.queue_block_timeout_s,
+                wake_at_events=settings.batch_events,
+                wake_at_bytes=settings.max_batch_bytes,
+            ),
+            wakeup=self._wakeup,
+            overflow=self._spool,
+            journal=settings.durability == "journal",
+        )
+        queue.on_first_put = self.start
+        queue.is_worker = lambda: threading.current_thread() is self._thread
+        with self.ledger.lock:
+            self.queues = [*self.queues, queue]
+        return queue
+
+    def adopt_orphans(self) -> None:
+        """Begin with what ended processes left for this destination, if there is anything."""
+        if self._spool is not None and self._thread is None and self._spool.has_orphans():
+            self.start()
+
+    def flush(self, queue: EventQueue, timeout_s: float) -> bool:
+        """Deliver what was recorded into `queue` before this call; say whether all of it met its fate in time."""
+        account, until = queue.account, self._clock() + timeout_s
+        with self.ledger.lock:
             self._flushes += 1
         try:
-            if account.ended < goal:
-                if self._thread is None:
-                    self._start(wait_s=min(timeout_s, _START_WAIT_S))
-                if self._thread is None:
-                    self._run_here(until)
-                self._speed_up()
-                self._wait_until(lambda: account.ended >= goal, until - self._clock())
+            if not account.pending:
+                return True
+            if not self.is_alive:
+                self.start(wait_s=min(timeout_s, _START_WAIT_S))
+            if not self.is_alive:
+                self._run_here(until)
+            self.speed_up()
+            return account.wait_until_ended(until - self._clock(), self._clock)
         finally:
-            with account.lock:
+            with self.ledger.lock:
                 self._flushes -= 1
-        return account.report(in_time=account.ended >= goal)
 
-    def shutdown(self, timeout_s: float) -> FlushReport:
-        """Take no more events, deliver those taken, and end the thread; give up after `timeout_s` seconds."""
-        self.close(timeout_s)
-        if self._thread is None:
-            self._run_here(self._deadline)
-        if self._thread is not threading.current_thread():
-            self._wait_until(lambda: not self.account.open, self._deadline - self._clock())
-        self._abandon()
-        self._tell_dropped(at_once=True)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            with contextlib.suppress(RuntimeError):  # not started yet: a signal handler ends what began just now
-                self._thread.join(max(0.0, min(self._deadline - self._clock(), threading.TIMEOUT_MAX)))
-        lifecycle.ended(self)
-        return self.account.report(in_time=self._ended_in_time)
+    def leave(self, queue: EventQueue, timeout_s: float) -> bool:
+        """Close `queue`, and if it was the last, the worker; the thread ends when all is delivered. Was it the last?"""
+        queue.close()
+        if all(other.closed for other in self.queues):
+            self.close(timeout_s)
+            return True
+        self.speed_up()
+        return False
+
+    def see_off(self, queue: EventQueue, timeout_s: float, *, last: bool) -> None:
+        """Wait until a closed queue is delivered; after `timeout_s` seconds put what is left of it on disk."""
+        if last:
+            self.end()
+            return
+        if not self.flush(queue, timeout_s - _reserve_s(timeout_s)) and queue.account.in_memory:
+            self._rescue([queue])
+        self._notices.tell_losses(at_once=True)
+
+    def brace(self) -> None:
+        """Expect the end at any time: deliver what waits, or put it on disk, and from now on write a journal."""
+        spool, timeout_s = self._spool, self._settings.shutdown_timeout_s
+        for queue in self.queues:
+            if not self._breaker.failing:
+                self.flush(queue, timeout_s)
+            if spool is not None:
+                queue.begin_journal(spool)
+                while len(batch := take([queue], self._limits, self.ledger)) and self._keep(batch, alone=True):
+                    pass
 
     def close(self, timeout_s: float | None = None) -> None:
         """Take no more events, and let the thread end by itself when those taken are delivered."""
+        for queue in self.queues:
+            queue.close()
         if not self._closing:
-            self.queue.close()
-            self._deadline = self._clock() + (self._shutdown_timeout_s if timeout_s is None else timeout_s)
+            timeout_s = self._settings.shutdown_timeout_s if timeout_s is None else timeout_s
+            self._deadline = self._clock() + timeout_s - _reserve_s(timeout_s)
             self._closing = True
-        self._speed_up()
+        self.speed_up()
 
-    def _speed_up(self) -> None:
-        self.queue.wakeup.set()
+    def end(self) -> None:
+        """Wait until what was taken is delivered and the thread has ended, or time is up. `close` comes before."""
+        if not self.is_alive:
+            self._run_here(self._deadline)
+        if self._thread is not threading.current_thread():
+            with self.ledger.lock:
+                left_s = max(0.0, min(self._deadline - self._clock(), threading.TIMEOUT_MAX))
+                self.ledger.settled.wait_for(lambda: self._abandoned or not self._pending(), left_s)
+        self._finish()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            with contextlib.suppress(RuntimeError):  # not started yet: a signal handler ends what began just now
+                left_s = self._deadline + _JOIN_S - self._clock()
+                self._thread.join(max(0.0, min(left_s, threading.TIMEOUT_MAX)))
+        lifecycle.ended(self)
+
+    def speed_up(self) -> None:
+        """Let the thread do what there is to do, now."""
+        self._wakeup.set()
         self._hurry.set()
 
-    def _wait_until(self, done: Callable[[], bool], timeout_s: float) -> None:
-        with self.account.lock:
-            self.account.settled.wait_for(done, max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
-
-    def _start(self, wait_s: float = 0.0) -> None:
+    def start(self, wait_s: float = 0.0) -> None:
+        """Start the thread, unless it runs or another thread is just starting it; for that one wait a little."""
         # Recording never waits: whoever holds the lock, perhaps this very thread below a signal handler, starts
         # the worker. A flush waits a little, to see whether it was started.
         if not self._starting.acquire(timeout=max(0.0, wait_s)):
             return
         try:
-            if self._thread is None and not self._closing:
+            if not self.is_alive and not self._closing:
                 thread = threading.Thread(target=self._run, name="evalvault-delivery", daemon=True)
                 try:
                     thread.start()
@@ -174,7 +263,8 @@ class Worker:
                 finally:
                     lifecycle.started(self)
                 self._thread = thread
-            self.queue.on_first_put = None
+            for queue in self.queues:
+                queue.on_first_put = None
         finally:
             self._starting.release()
 
@@ -184,29 +274,57 @@ class Worker:
             deadline = self._deadline
             self._deadline = min(deadline, until)
             try:
-                self._deliver_waiting()
+                while self._pending() and not self._out_of_time():
+                    self._round()
+                    self._hurry.wait(min(self._breaker.wait_s(ending=True), self._deadline - self._clock()))
             finally:
                 if not self._closing:
                     self._deadline = deadline
                 self._running.release()
 
-    def _abandon(self) -> None:
-        """Give up what is left. What a request still under way comes to is not waited for, nor counted."""
-        account = self.account
-        with account.lock:
-            if self._abandoned:
-                return
-            self._abandoned = True
-            lost = self.queue.drop_all("shutdown") + account.in_flight
-            if account.in_flight:
-                account.drop("shutdown", account.in_flight)
-                account.in_flight = 0
-            self._ended_in_time = not lost
-            account.settled.notify_all()
-        self._speed_up()
+    def _pending(self) -> bool:
+        """Whether events of ours are not delivered yet."""
+        return any(queue.account.pending for queue in self.queues)
+
+    # -- the end of time ------------------------------------------------------------------------
 
     def _out_of_time(self) -> bool:
         return self._abandoned or self._clock() >= self._deadline
+
+    def _rescue(self, queues: list[EventQueue]) -> None:
+        """Put on disk what is in hand and what waits in `queues`, or count it as lost if there is no disk."""
+        ledger, spool = self.ledger, self._spool
+        with ledger.lock:
+            hand, self._hand = self._hand, None
+        if hand is not None:
+            rest = hand.rest()
+            if hand.segment is not None and hand.reading is not None and spool is not None:
+                spool.advance(hand.segment, hand.reading, rest)
+            elif len(rest) and (spool is None or not spool.store(rest, alone=True)):
+                with ledger.lock:
+                    for share in rest.shares:
+                        share.account.lose(share, "shutdown", in_flight=True)
+        while len(batch := take(queues, self._limits, ledger)):
+            if spool is None or not spool.store(batch, alone=True):
+                with ledger.lock:
+                    for share in batch.shares:
+                        share.account.lose(share, "shutdown", in_flight=True)
+        with ledger.lock:
+            ledger.settled.notify_all()
+
+    def _finish(self) -> None:
+        """End for good: give up what is under way, put the rest on disk, leave that to the next process."""
+        with self._ending:
+            if self._abandoned:
+                return
+            self._abandoned = True
+            with contextlib.suppress(Exception):
+                self._rescue(self.queues)
+            self.speed_up()
+            self._notices.tell_end(sum(queue.account.spooled + queue.account.direct for queue in self.queues))
+            if self._spool is not None:
+                with contextlib.suppress(Exception):
+                    self._spool.close()
 
     # -- in the worker's thread -----------------------------------------------------------------
 
@@ -216,63 +334,200 @@ class Worker:
         try:
             while not self._abandoned:
                 try:
-                    if not self._closing:
-                        self.queue.wakeup.wait(self._flush_interval_s)
-                    self._deliver_waiting()
-                    if self._closing and (not self.account.waiting or self._out_of_time()):
-                        break
+                    self._sleep()
+                    self._round()
+                    if self._closing and (self._out_of_time() or not self._pending()):
+                        self._finish()
                 except Exception as fault:  # noqa: BLE001 - a bug of ours must end neither the thread nor the events
-                    self._log.warn("fault", "delivery failed by a fault of its own (%s)", type(fault).__name__)
+                    self._notices.fault(fault)
                     self._hurry.wait(_FAULT_PAUSE_S)
-            if self._closing:
-                self._abandon()  # nobody may be waiting in shutdown: the tracer was dropped
-                self._tell_dropped(at_once=True)
         finally:
-            with contextlib.suppress(Exception):
-                self._transport.close()
-            lifecycle.ended(self)
+            if self._abandoned:
+                with contextlib.suppress(Exception):
+                    self._transport.close()
+                lifecycle.ended(self)
+            else:  # something has ended the thread: the next event starts another
+                for queue in self.queues:
+                    queue.on_first_put = self.start
+                self._thread = None
             self._running.release()
 
-    def _deliver_waiting(self) -> None:
-        """Deliver what waits now; what comes meanwhile waits for a full batch or the next interval."""
-        waiting = len(self.account.waiting)
-        while waiting > 0 and not self._out_of_time():
-            batch = self.queue.take(self._limits)
-            waiting -= len(batch)
-            if not batch.events:
-                break
-            self._deliver(batch)
-        self._tell_dropped()
+    def _sleep(self) -> None:
+        """Wait until there is something to do."""
+        interval_s, spool = self._settings.flush_interval_s, self._spool
+        wait_s = self._breaker.wait_s(ending=self._closing)
+        if self._closing:
+            self._hurry.wait(min(wait_s, self._deadline - self._clock()))
+        elif not self._breaker.failing:
+            if spool is None or not spool.has_backlog:
+                self._wakeup.wait(interval_s)
+        elif spool is None or not spool.usable:
+            # Nothing to do before the next probe: a full queue must not wake us with every event.
+            self._hurry.wait(wait_s if spool is None else min(wait_s, interval_s))
+        else:
+            self._wakeup.wait(min(wait_s, interval_s))
 
-    def _deliver(self, batch: Batch) -> None:
-        """Send a batch until its outcome is final, in halves where it must be; settle every event of it."""
-        pending, halvings, too_large = [batch], 0, False
+    def _round(self) -> None:
+        """Do once what there is to do: what is new, then a batch of the backlog."""
+        now, spool = self._clock(), self._spool
+        with self.ledger.lock:
+            self.queues = [queue for queue in self.queues if not queue.closed or queue.account.pending]
+        if spool is not None and now >= self._look_around_at and not self._closing:
+            self._look_around_at = now + _LOOK_AROUND_S
+            spool.look_around()
+        urgent = self._flushes > 0 or self._closing
+        if urgent:
+            self._breaker.hurry()
+        if self._breaker.wait_s(ending=self._closing) > 0:
+            self._put_off()
+        elif self._breaker.failing and spool is not None and spool.has_backlog:
+            self._deliver_backlog()  # the probe
+        elif urgent or now - self._live_at >= self._settings.flush_interval_s or self._live_is_due():
+            self._live_at = now
+            self._deliver_live()
+        if spool is not None and not self._breaker.failing and not self._out_of_time() and spool.has_backlog:
+            self._deliver_backlog()
+        self._notices.tell_losses()
+        self._notices.tell_recovery()
+
+    def _live_is_due(self) -> bool:
+        return any(queue.due for queue in self.queues) or len(self.ledger.direct) >= self._settings.batch_events
+
+    def _may_send(self) -> bool:
+        return not self._breaker.failing and not self._out_of_time()
+
+    def _deliver_live(self) -> None:
+        """Deliver what waits now; what comes meanwhile waits for a full batch or the next interval."""
+        waiting = sum(len(queue.account.waiting) for queue in self.queues)
+        first = True  # a probe, if the last request failed
+        while waiting > 0 and (first or self._may_send()):
+            first = False
+            batch = take(self.queues, self._limits, self.ledger)
+            waiting -= len(batch)
+            if not len(batch):
+                break
+            rest = self._deliver(_Hand([batch]))
+            if rest is not None and len(rest):
+                self._keep(rest)
+        spool = self._spool
+        if spool is None or not spool.has_fresh:
+            return
+        for _ in range(_MAX_FRESH):
+            if not (first or self._may_send()) or (segment := spool.take_fresh()) is None:
+                break
+            first = False
+            while self._deliver_from(segment, self._limits) and self._may_send():
+                pass
+        spool.put_off(more_than=0 if self._breaker.failing else _MAX_FRESH)
+
+    def _deliver_backlog(self) -> None:
+        """Deliver one batch of the oldest segment: small at first, larger as long as that is quick."""
+        assert self._spool is not None  # noqa: S101 - asked before
+        segment = self._spool.take_backlog()
+        if segment is None:
+            return
+        started = self._clock()
+        limits = attrs.evolve(self._limits, max_events=min(self._backlog_events, self._limits.max_events))
+        self._deliver_from(segment, limits)
+        if self._breaker.failing:
+            self._backlog_events = _SLOW_START
+        elif self._clock() - started < self._settings.flush_interval_s / 2:
+            self._backlog_events = min(self._backlog_events * 2, self._limits.max_events)
+        else:
+            self._backlog_events = max(self._backlog_events // 2, _SLOW_START)
+
+    def _deliver_from(self, segment: Segment, limits: BatchLimits) -> bool:
+        """Deliver the next batch of a segment; say whether there may be more in it."""
+        spool = self._spool
+        assert spool is not None  # noqa: S101 - the segment is its
         try:
-            while pending:
-                part = pending[-1]
-                outcome = self._retry.run(lambda part=part: self._send(part))  # type: ignore[misc]
-                if isinstance(outcome, RetryLater):
-                    return  # out of time
-                pending.pop()
-                if isinstance(outcome, TooLarge):
-                    too_large = True
-                    if outcome.limit_bytes is not None:
-                        self._learn_limit(outcome.limit_bytes)
-                elif isinstance(outcome, Delivered) and too_large:
-                    self._learn_limit(len(part.body()))  # from what passed: a gateway may refuse everything for a while
-                if len(part) > 1 and (
-                    isinstance(outcome, TooLarge) or (isinstance(outcome, Refused) and halvings < _MAX_HALVINGS)
-                ):
-                    # Refused as a whole: one event may be the reason, and must not cost its neighbours.
-                    halvings += isinstance(outcome, Refused)
-                    pending += reversed(part.halves())
-                else:
-                    self._settle(part, outcome)
-        finally:
-            # What was not sent, for want of time or by a fault of ours, goes back to where it was. Sending again
-            # what the server has stored is harmless.
-            for unsent in pending:
-                self._return(unsent)
+            reading = spool.read(segment, limits)
+        except OSError:
+            return False
+        if reading is None:
+            spool.finish(segment)
+            return False
+        rest: Batch | None = reading.batch
+        if len(reading.batch):
+            rest = self._deliver(_Hand([reading.batch], segment, reading))
+        if rest is None:
+            return False  # somebody took it out of our hand
+        spool.advance(segment, reading, rest)
+        self._notices.delivered_from_spool(len(reading.batch) - len(rest))
+        return not len(rest)
+
+    def _put_off(self) -> None:
+        """Put on disk what waits: nothing can be sent for now."""
+        spool = self._spool
+        if spool is None or not spool.usable:
+            return
+        spool.put_off()
+        while len(batch := take(self.queues, self._limits, self.ledger)):
+            if not self._keep(batch):
+                break
+
+    def _keep(self, batch: Batch, *, alone: bool = False) -> bool:
+        """Put a batch that was not delivered on disk; if that cannot be, back to where it was."""
+        if self._spool is not None and self._spool.store(batch, alone=alone):
+            self._notices.spooled(len(batch))
+            return True
+        with self.ledger.lock:
+            events = batch.events
+            # The last first: each is put before what waits already.
+            for share in reversed(batch.shares):
+                events, own = events[: len(events) - share.count], events[len(events) - share.count :]
+                share.account.put_back(share, own)
+            self.ledger.settled.notify_all()
+        return False
+
+    def _deliver(self, hand: _Hand) -> Batch | None:
+        """Send a batch until its outcome is final, in parts where it must be; return what could not be sent."""
+        with self.ledger.lock:
+            self._hand = hand
+        try:
+            self._send_all(hand)
+        except Exception as fault:  # noqa: BLE001 - the events are not to blame: they are sent again
+            self._notices.fault(fault)
+            self._failed(RetryLater(f"a fault of its own, {type(fault).__name__}"))
+        with self.ledger.lock:
+            if self._hand is not hand:
+                return None  # time was up, and somebody put it on disk
+            self._hand = None
+            return hand.rest()
+
+    def _send_all(self, hand: _Hand) -> None:
+        halvings, too_large, parts = 0, False, hand.parts
+        while parts and self._hand is hand:
+            part = self._fitting(parts[-1])
+            outcome = self._send(part)
+            if isinstance(outcome, RetryLater):
+                self._failed(outcome)
+                return
+            if isinstance(outcome, TooLarge):
+                too_large = True
+                if outcome.limit_bytes is not None:
+                    self._learn_limit(outcome.limit_bytes)
+            elif isinstance(outcome, Delivered) and too_large:
+                self._learn_limit(len(part.body()))  # from what passed: a gateway may refuse everything for a while
+            if len(part) > 1 and (
+                isinstance(outcome, TooLarge) or (isinstance(outcome, Refused) and halvings < _MAX_HALVINGS)
+            ):
+                # Refused as a whole: one event may be the reason, and must not cost its neighbours.
+                halvings += isinstance(outcome, Refused)
+                smaller = list(part.halves())[::-1]
+            elif isinstance(outcome, TooLarge) and (shrunk := _shrunk(part, outcome.limit_bytes)) is not None:
+                smaller = [shrunk]
+            else:
+                self._settle(hand, part, outcome)
+                continue
+            with self.ledger.lock:
+                parts[-1:] = smaller
+
+    def _fitting(self, part: Batch) -> Batch:
+        """Return the batch, but an event that no request may hold made smaller."""
+        if len(part) == 1 and len(part.events[0]) > self._settings.max_batch_bytes - ENVELOPE_BYTES:
+            return _shrunk(part, self._settings.max_batch_bytes) or part
+        return part
 
     def _send(self, batch: Batch) -> Outcome:
         if self._abandoned:
@@ -281,70 +536,60 @@ class Worker:
         try:
             return self._transport.send(batch, timeout_s=left_s)
         except Exception as fault:  # noqa: BLE001 - whatever a transport meets, the events are not to blame
+            self._notices.fault(fault)
             return RetryLater(f"a fault in sending, {type(fault).__name__}")
 
     def _learn_limit(self, max_bytes: int) -> None:
         self._limits = attrs.evolve(self._limits, max_bytes=min(self._limits.max_bytes, max(max_bytes, 1024)))
 
-    def _settle(self, batch: Batch, outcome: Delivered | Refused | TooLarge) -> None:
-        """Enter the outcome of a batch into the account, then say what there is to say."""
-        account = self.account
-        rejected, reason = 0, ""
+    def _settle(self, hand: _Hand, part: Batch, outcome: Delivered | Refused | TooLarge) -> None:
+        """Enter the outcome of a part into the account, and the refused events into the dead letter."""
         if isinstance(outcome, Delivered):
-            rejected = len(outcome.rejected)
-            reason = outcome.rejected[0].reason if rejected else ""
+            refused = {rejected.index: rejected.reason for rejected in outcome.rejected}
         else:
-            rejected = len(batch)
             reason = outcome.reason if isinstance(outcome, Refused) else "it is too large for the server"
-        with account.lock:
-            if self._abandoned:
+            refused = dict.fromkeys(range(len(part)), reason)
+        kept = True
+        if refused and self._spool is not None:
+            kept = self._spool.dead_letter.add((part.events[index], refused[index]) for index in sorted(refused))
+        with self.ledger.lock:
+            if self._hand is not hand:
                 return
-            account.in_flight -= len(batch)
-            account.delivered += len(batch) - rejected
-            account.rejected += rejected
-            account.settled.notify_all()
-        self._recovered()
-        if rejected:
-            self._log.warn("rejected", "the server rejected %d events, the first because: %s", rejected, reason)
-
-    def _return(self, batch: Batch) -> None:
-        with self.account.lock:
-            if not self._abandoned:
-                self.queue.put_back(batch)
+            hand.parts.pop()
+            begin = 0
+            for share in part.shares:
+                end = begin + share.count
+                share.account.settle(share, sum(begin <= index < end for index in refused) if refused else 0)
+                begin = end
+            self.ledger.settled.notify_all()
+        if self._breaker.failing:
+            self._breaker.succeeded()
+            self._notices.recovered()
+        if refused:
+            self._notices.rejected(len(refused), next(iter(refused.values())), kept=kept)
 
     def _failed(self, outcome: RetryLater) -> None:
-        """Say once that an outage began."""
-        if self._outage_since is None and not self._abandoned:
-            self._outage_since = self._clock()
-            warn(
-                "cannot deliver to %s (%s); events are kept in memory and sent again%s",
-                self._transport.destination,
-                outcome.reason,
-                f"; {outcome.advice}" if outcome.advice else "",
-            )
+        self._breaker.failed(outcome, urgent=self._closing or self._flushes > 0)
+        if not self._abandoned:
+            self._notices.failed(outcome, is_outage=self._breaker.open, since=self._breaker.failing_since)
 
-    def _recovered(self) -> None:
-        """Say once that an outage is over."""
-        if self._outage_since is not None:
-            lasted_s, self._outage_since = self._clock() - self._outage_since, None
-            warn("delivering to %s again after %.1f s", self._transport.destination, lasted_s)
 
-    def _tell_dropped(self, *, at_once: bool = False) -> None:
-        """Say that events were lost, by reason, at most once a minute; at the end, what was not said yet."""
-        # The thread and whoever shuts down may both be here: one says it, and the other waits until it is said,
-        # for the process may end right after. A logging handler of the host that hangs is not waited for.
-        if not self._telling.acquire(timeout=_TELL_WAIT_S):
-            return
-        try:
-            for reason, count in self.account.stats().dropped.items():
-                new = count - self._told_dropped.get(reason, 0)
-                if not new or reason in ("invalid", "internal_error"):  # the recorder says these, with their cause
-                    continue
-                line = ("%d events for %s were lost (%s)", new, self._transport.destination, reason)
-                if at_once:
-                    warn(*line)
-                elif not self._log.warn(reason, *line):
-                    continue
-                self._told_dropped[reason] = count
-        finally:
-            self._telling.release()
+#: After a fault of our own, so many seconds pass before the next try.
+_FAULT_PAUSE_S = 1.0
+#: A flush waits so long for another thread that is about to start the worker.
+_START_WAIT_S = 5.0
+#: So long the end waits for a thread that has nothing more to do.
+_JOIN_S = 0.1
+
+
+def _reserve_s(timeout_s: float) -> float:
+    """Return how much of a timeout is kept for putting on disk what could not be delivered."""
+    return min(0.1, timeout_s / 10)
+
+
+def _shrunk(part: Batch, limit_bytes: int | None) -> Batch | None:
+    """Return a batch of one event with less in it, or None if it cannot be made small enough."""
+    (event,) = part.events
+    most = len(event) // 2 if limit_bytes is None else min(limit_bytes - ENVELOPE_BYTES, len(event) - 1)
+    smaller = shrink(event, most) if most > 0 else None
+    return None if smaller is None else Batch((smaller,), part.shares)

@@ -5,25 +5,31 @@ import gc
 import signal
 import threading
 import time
+from typing import Any
 
 import orjson
 import pytest
 
-from evalvault_sdk.delivery.account import Account
+from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
-from evalvault_sdk.delivery.queue import EventQueue, Wakeup
+from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, QueuePolicy, Wakeup, take
 from tests.support import balances
 
 
-def make_queue(max_events: int = 100, max_bytes: int = 10_000, max_event_bytes: int = 1000) -> EventQueue:
-    return EventQueue(
-        Account(),
-        max_events=max_events,
-        max_bytes=max_bytes,
-        max_event_bytes=max_event_bytes,
-        wake_at_events=10,
-        wake_at_bytes=1000,
-    )
+def make_queue(
+    max_events: int = 100, max_bytes: int = 10_000, policy: QueuePolicy = "drop_newest", **limits: Any
+) -> EventQueue:
+    limits = {"wake_at_events": 10, "wake_at_bytes": 1000, **limits}
+    return EventQueue(Ledger(), QueueLimits(max_events=max_events, max_bytes=max_bytes, policy=policy, **limits))
+
+
+def take_from(queue: EventQueue, **limits: int) -> Batch:
+    return take([queue], BatchLimits(**limits), queue._ledger)
+
+
+def put_back(queue: EventQueue, batch: Batch) -> None:
+    (share,) = batch.shares
+    queue.account.put_back(share, batch.events)
 
 
 def test_the_body_of_a_batch_is_the_events_own_bytes() -> None:
@@ -41,9 +47,10 @@ def test_halves_keep_order_and_lose_nothing(count: int, halves: tuple[int, int])
 
 
 def taken(limits: BatchLimits, events: list[bytes]) -> int:
-    waiting = collections.deque(events)
-    batch = limits.take_from(waiting)
-    assert [*batch.events, *waiting] == events
+    waiting, batch = collections.deque(events), list[bytes]()
+    size = limits.take_from(waiting, batch, ENVELOPE_BYTES, 1000)
+    assert [*batch, *waiting] == events
+    assert not batch or size - 1 == len(Batch(tuple(batch)).body())
     return len(batch)
 
 
@@ -72,36 +79,36 @@ def test_what_does_not_fit_is_dropped_and_counted_by_reason() -> None:
     assert [by_count.put(b"x") for _ in range(5)] == [True, True, True, False, False]
     by_bytes = make_queue(max_bytes=25)
     assert [by_bytes.put(b"x" * 10) for _ in range(3)] == [True, True, False]
-    by_size = make_queue(max_event_bytes=5)
+    by_size = make_queue(max_bytes=5)
     assert [by_size.put(b"x" * 6), by_size.put(b"x" * 5)] == [False, True]
     closed = make_queue()
     closed.close()
     assert not closed.put(b"x")
     closed.refuse("invalid")
-    dropped = [queue._account.stats().dropped for queue in (by_count, by_bytes, by_size, closed)]
+    dropped = [queue.account.stats().dropped for queue in (by_count, by_bytes, by_size, closed)]
     assert dropped == [{"queue_full": 2}, {"queue_full": 1}, {"too_large": 1}, {"closed": 1, "invalid": 1}]
-    assert all(balances(queue._account.stats()) for queue in (by_count, by_bytes, by_size, closed))
+    assert all(balances(queue.account.stats()) for queue in (by_count, by_bytes, by_size, closed))
 
 
 def test_what_is_taken_is_in_flight_and_what_is_put_back_is_first_again() -> None:
     queue = make_queue()
     for number in range(5):
         queue.put(str(number).encode())
-    batch = queue.take(BatchLimits(max_events=2))
-    stats = queue._account.stats()
+    batch = take_from(queue, max_events=2)
+    stats = queue.account.stats()
     assert (stats.queued, stats.in_flight) == (3, 2)
-    queue.put_back(batch)
-    stats = queue._account.stats()
+    put_back(queue, batch)
+    stats = queue.account.stats()
     assert (stats.queued, stats.in_flight, balances(stats)) == (5, 0, True)
-    assert queue.take(BatchLimits()).events == (b"0", b"1", b"2", b"3", b"4")
-    assert queue.take(BatchLimits()).events == ()
+    assert take_from(queue).events == (b"0", b"1", b"2", b"3", b"4")
+    assert take_from(queue).events == ()
 
 
 def test_what_is_put_back_takes_its_room_again() -> None:
     queue = make_queue(max_bytes=30)
     for _ in range(3):
         queue.put(b"x" * 10)
-    queue.put_back(queue.take(BatchLimits(max_events=1)))
+    put_back(queue, take_from(queue, max_events=1))
     assert not queue.put(b"x")
 
 
@@ -109,7 +116,7 @@ def test_room_is_made_by_taking() -> None:
     queue = make_queue(max_bytes=20)
     for _ in range(100):
         assert queue.put(b"x" * 15)
-        assert len(queue.take(BatchLimits())) == 1
+        assert len(take_from(queue)) == 1
 
 
 @pytest.mark.parametrize(("size", "puts"), [(1, 10), (600, 2)])
@@ -146,7 +153,7 @@ def test_a_signal_handler_that_records_in_the_middle_of_a_put_breaks_no_account(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    stats = queue._account.stats()
+    stats = queue.account.stats()
     assert recorded > 10
     assert (stats.recorded, stats.queued) == (100_000 + recorded, 100_000 + recorded)
 
@@ -218,6 +225,96 @@ def test_a_finalizer_that_records_while_its_thread_is_putting_does_not_deadlock(
     finally:
         gc.set_threshold(*threshold)
     gc.collect()
-    stats = queue._account.stats()
+    stats = queue.account.stats()
     assert balances(stats)
     assert stats.queued == 4000
+
+
+def test_the_oldest_events_make_room_if_that_is_the_policy() -> None:
+    queue = make_queue(max_events=3, max_bytes=1000, policy="drop_oldest")
+    for number in range(10):
+        assert queue.put(str(number).encode())
+    assert not queue.put(b"x" * 1001)
+    assert queue.put(b"x" * 999)
+    stats = queue.account.stats()
+    assert (stats.queued, dict(stats.dropped)) == (2, {"queue_full": 9, "too_large": 1})
+    assert balances(stats)
+    assert take_from(queue).events == (b"9", b"x" * 999)
+
+
+def test_a_thread_waits_for_room_if_that_is_the_policy_but_not_for_ever() -> None:
+    queue = make_queue(max_events=2, policy="block", block_timeout_s=0.2)
+    assert queue.put(b"1")
+    assert queue.put(b"2")
+    started = time.monotonic()
+    assert not queue.put(b"3")
+    assert 0.15 < time.monotonic() - started < 2
+    taker = threading.Timer(0.05, lambda: take_from(queue))
+    taker.start()
+    assert queue.put(b"4")
+    taker.join()
+    queue.is_worker = lambda: True
+    assert queue.put(b"5")
+    started = time.monotonic()
+    assert not queue.put(b"6"), "whoever makes the room must not wait for it"
+    assert time.monotonic() - started < 0.1
+    stats = queue.account.stats()
+    assert balances(stats)
+    assert dict(stats.dropped) == {"queue_full": 2}
+
+
+def test_events_of_several_queues_go_into_one_batch_and_each_account_has_its_own() -> None:
+    ledger = Ledger()
+    queues = [EventQueue(ledger) for _ in range(3)]
+    for number, queue in enumerate(queues):
+        for _ in range(number * 300):
+            queue.put(b"%d" % number)
+    batch = take(queues, BatchLimits(max_events=500), ledger)
+    assert batch.events == (b"1",) * 300 + (b"2",) * 200
+    assert [(queue.account.in_flight, len(queue.account.waiting)) for queue in queues] == [(0, 0), (300, 0), (200, 400)]
+    first, rest = batch.split(350)
+    assert sum(share.count for share in first.shares) == 350
+    assert sum(share.count for share in rest.shares) == 150
+    with ledger.lock:
+        for share in first.shares:
+            share.account.settle(share, 0)
+        for share in rest.shares:
+            share.account.lose(share, "shutdown", in_flight=True)
+    assert [queue.account.stats().delivered for queue in queues] == [0, 300, 50]
+    assert all(balances(queue.account.stats()) for queue in queues)
+
+
+def test_a_flush_waits_for_what_was_there_and_not_for_what_came_later() -> None:
+    queue = make_queue(max_events=1000)
+    queue.put(b"old")
+    flying = take_from(queue)
+    queue.put(b"waits")
+    results: list[bool] = []
+    flusher = threading.Thread(target=lambda: results.append(queue.account.wait_until_ended(20)))
+    flusher.start()
+    time.sleep(0.05)
+
+    def settle(batch: Batch) -> None:
+        with queue._ledger.lock:
+            for share in batch.shares:
+                share.account.settle(share, 0)
+            queue._ledger.settled.notify_all()
+
+    second = take_from(queue)
+    time.sleep(0.05)
+    queue.put(b"later")
+    settle(second)
+    time.sleep(0.05)
+    assert not results, "the first is still in flight, though a later one has ended"
+    with queue._ledger.lock:
+        put_back(queue, flying)
+        queue._ledger.settled.notify_all()
+    again = take_from(queue, max_events=1)
+    assert again.events == (b"old",)
+    time.sleep(0.05)
+    assert not results, "it came back, and flies again"
+    settle(again)
+    flusher.join(5)
+    assert results == [True]
+    assert queue.account.stats().queued == 1
+    assert not queue.account.wait_until_ended(0.05)

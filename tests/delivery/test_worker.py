@@ -14,6 +14,7 @@ import pytest
 
 from evalvault_sdk import Settings
 from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.outbox import Outbox, open_outbox
 from evalvault_sdk.delivery.transport import (
     Delivered,
     Outcome,
@@ -23,18 +24,17 @@ from evalvault_sdk.delivery.transport import (
     TooLarge,
     Transport,
 )
-from evalvault_sdk.delivery.worker import Worker
 from tests.support import MemoryTransport, balances, clean_environment, wait_for
 
 
-def make(transport: Transport, **settings: Any) -> Worker:
-    quick = {"flush_interval_s": 0.05, "retry_initial_s": 0.01, "retry_max_s": 0.05}
-    return Worker(transport, Settings(run_id="r", **{**quick, **settings}))
+def make(transport: Transport, **settings: Any) -> Outbox:
+    quick = {"flush_interval_s": 0.05, "retry_initial_s": 0.01, "retry_max_s": 0.05, "durability": "memory"}
+    return open_outbox(Settings(run_id="r", **{**quick, **settings}), transport)
 
 
-def put(worker: Worker, count: int, start: int = 0) -> None:
+def put(outbox: Outbox, count: int, start: int = 0) -> None:
     for number in range(start, start + count):
-        worker.queue.put(orjson.dumps({"n": number}))
+        outbox.queue.put(orjson.dumps({"n": number}))
 
 
 def numbers(transport: MemoryTransport) -> list[int]:
@@ -43,39 +43,39 @@ def numbers(transport: MemoryTransport) -> list[int]:
 
 def test_no_thread_runs_before_the_first_event() -> None:
     before = threading.active_count()
-    worker = make(MemoryTransport())
+    outbox = make(MemoryTransport())
     assert threading.active_count() == before
-    put(worker, 1)
+    put(outbox, 1)
     assert threading.active_count() == before + 1
-    worker.shutdown(5)
+    outbox.shutdown(5)
     assert threading.active_count() == before
 
 
 def test_events_arrive_in_order_without_a_flush_within_the_interval() -> None:
     transport = MemoryTransport()
-    worker = make(transport)
-    put(worker, 5)
-    wait_for(lambda: worker.account.stats().delivered == 5, 5)
+    outbox = make(transport)
+    put(outbox, 5)
+    wait_for(lambda: outbox.queue.account.stats().delivered == 5, 5)
     assert numbers(transport) == [0, 1, 2, 3, 4]
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_a_full_batch_goes_without_waiting_for_the_interval() -> None:
     transport = MemoryTransport()
-    worker = make(transport, flush_interval_s=60, batch_events=10)
-    put(worker, 10)
-    wait_for(lambda: worker.account.stats().delivered == 10, 5)
-    worker.shutdown(5)
+    outbox = make(transport, flush_interval_s=60, batch_events=10)
+    put(outbox, 10)
+    wait_for(lambda: outbox.queue.account.stats().delivered == 10, 5)
+    outbox.shutdown(5)
 
 
 def test_batches_grow_with_the_backlog_up_to_their_ceiling() -> None:
     transport = MemoryTransport()
-    worker = make(transport, flush_interval_s=60, batch_events=10_000, max_batch_events=1000)
-    put(worker, 2500)
-    stats = worker.flush(10)
+    outbox = make(transport, flush_interval_s=60, batch_events=10_000, max_batch_events=1000)
+    put(outbox, 2500)
+    stats = outbox.flush(10)
     assert (stats.delivered, stats.complete) == (2500, True)
     assert [len(batch) for batch in transport.batches] == [1000, 1000, 500]
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_flush_waits_for_what_was_recorded_before_and_only_for_that() -> None:
@@ -89,48 +89,48 @@ def test_flush_waits_for_what_was_recorded_before_and_only_for_that() -> None:
                 release.wait(30)
             return outcome
 
-    worker = make(Slow(), flush_interval_s=60)
-    put(worker, 3)
-    assert worker.flush(10).delivered == 3
-    put(worker, 2)
-    assert not worker.flush(0.1).complete, "the second batch is held up"
+    outbox = make(Slow(), flush_interval_s=60)
+    put(outbox, 3)
+    assert outbox.flush(10).delivered == 3
+    put(outbox, 2)
+    assert not outbox.flush(0.1).complete, "the second batch is held up"
     started.wait(10)
-    stats = worker.account.stats()
+    stats = outbox.queue.account.stats()
     assert (stats.delivered, stats.in_flight) == (3, 2)
     assert balances(stats)
     release.set()
-    assert worker.flush(10).complete
-    worker.shutdown(5)
+    assert outbox.flush(10).complete
+    outbox.shutdown(5)
 
 
 def test_flush_of_nothing_returns_at_once() -> None:
-    worker = make(MemoryTransport())
+    outbox = make(MemoryTransport())
     started = time.monotonic()
-    assert worker.flush(30).recorded == 0
+    assert outbox.flush(30).recorded == 0
     assert time.monotonic() - started < 1
-    worker.shutdown(1)
+    outbox.shutdown(1)
 
 
 def test_a_failed_batch_is_sent_again_before_newer_ones_and_nothing_is_lost() -> None:
     transport = MemoryTransport(RetryLater("HTTP 503"), RetryLater("HTTP 503"))
-    worker = make(transport)
-    put(worker, 3)
-    assert worker.flush(10).delivered == 3
-    put(worker, 2, start=3)
-    assert worker.flush(10).delivered == 5
+    outbox = make(transport)
+    put(outbox, 3)
+    assert outbox.flush(10).delivered == 3
+    put(outbox, 2, start=3)
+    assert outbox.flush(10).delivered == 5
     sent = [[orjson.loads(event)["n"] for event in batch.events] for batch in transport.batches]
     assert sent == [[0, 1, 2]] * 3 + [[3, 4]]
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_refused_events_are_counted_and_their_neighbours_delivered(caplog: pytest.LogCaptureFixture) -> None:
     transport = MemoryTransport(Delivered((RejectedEvent(1, "attempt must be an integer"),)))
-    worker = make(transport)
-    put(worker, 3)
-    stats = worker.flush(10)
+    outbox = make(transport)
+    put(outbox, 3)
+    stats = outbox.flush(10)
     assert (stats.delivered, stats.rejected, stats.complete) == (2, 1, False)
     wait_for(lambda: "attempt must be an integer" in caplog.text)
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 class Judge(MemoryTransport):
@@ -154,12 +154,12 @@ class Judge(MemoryTransport):
 
 def test_one_poisonous_event_does_not_cost_its_batch() -> None:
     judge = Judge(bad={13, 77})
-    worker = make(judge, flush_interval_s=60)
-    put(worker, 100)
-    stats = worker.flush(10)
+    outbox = make(judge, flush_interval_s=60)
+    put(outbox, 100)
+    stats = outbox.flush(10)
     assert (stats.delivered, stats.rejected) == (98, 2)
     assert judge.stored == [number for number in range(100) if number not in judge.bad]
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_what_is_too_large_is_halved_and_the_limit_remembered() -> None:
@@ -169,49 +169,49 @@ def test_what_is_too_large_is_halved_and_the_limit_remembered() -> None:
             return Delivered() if len(batch.body()) <= 10_000 else TooLarge()
 
     transport = Small()
-    worker = make(transport, flush_interval_s=60, batch_events=1000)
+    outbox = make(transport, flush_interval_s=60, batch_events=1000)
     for _ in range(2):
         transport.batches.clear()
         for _ in range(64):
-            worker.queue.put(orjson.dumps({"n": 1, "padding": "x" * 500}))
-        assert worker.flush(10).complete
+            outbox.queue.put(orjson.dumps({"n": 1, "padding": "x" * 500}))
+        assert outbox.flush(10).complete
     assert all(len(batch.body()) <= 10_000 for batch in transport.batches), "the second time none was too large"
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_a_single_event_that_is_too_large_is_rejected_not_tried_for_ever() -> None:
     judge = Judge(bad=set(), most=0)
-    worker = make(judge)
-    put(worker, 3)
-    stats = worker.flush(10)
+    outbox = make(judge)
+    put(outbox, 3)
+    stats = outbox.flush(10)
     assert (stats.delivered, stats.rejected) == (0, 3)
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_an_outage_is_said_once_when_it_begins_and_once_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
     transport = MemoryTransport(*[RetryLater("HTTP 401", advice="set EVALVAULT_API_TOKEN")] * 20)
-    worker = make(transport)
-    put(worker, 2)
-    wait_for(lambda: worker.account.stats().delivered == 2, 10)
-    put(worker, 2)
-    assert worker.flush(10).delivered == 4
+    outbox = make(transport)
+    put(outbox, 2)
+    wait_for(lambda: outbox.queue.account.stats().delivered == 2, 10)
+    put(outbox, 2)
+    assert outbox.flush(10).delivered == 4
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert "HTTP 401" in lines[0]
     assert "EVALVAULT_API_TOKEN" in lines[0]
     assert "again" in lines[1]
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_shutdown_delivers_what_is_left_and_drops_what_comes_later() -> None:
     transport = MemoryTransport()
-    worker = make(transport, flush_interval_s=60)
-    put(worker, 100)
-    stats = worker.shutdown(10)
+    outbox = make(transport, flush_interval_s=60)
+    put(outbox, 100)
+    stats = outbox.shutdown(10)
     assert stats.complete
     assert transport.closed
-    put(worker, 2)
-    stats = worker.shutdown(10)
+    put(outbox, 2)
+    stats = outbox.shutdown(10)
     assert (stats.delivered, stats.dropped) == (100, {"closed": 2})
     assert balances(stats)
 
@@ -226,18 +226,20 @@ def test_shutdown_holds_its_deadline_and_counts_what_is_lost(caplog: pytest.LogC
             return Delivered()
 
     transport = Hangs()
-    worker = make(transport, max_batch_events=2)
-    put(worker, 5)
+    outbox = make(transport, max_batch_events=2)
+    put(outbox, 5)
     wait_for(lambda: len(transport.batches) == 1)
     started = time.monotonic()
-    stats = worker.shutdown(0.3)
+    stats = outbox.shutdown(0.3)
     assert 0.2 < time.monotonic() - started < 1.5
     assert stats.dropped == {"shutdown": 5}
     assert balances(stats)
     assert "5 events for memory were lost (shutdown)" in caplog.text
     release.set()
     wait_for(lambda: "evalvault-delivery" not in {thread.name for thread in threading.enumerate()})
-    assert worker.account.report(in_time=False) == stats, "what a request comes to after the end is not counted twice"
+    assert outbox.queue.account.report(in_time=False) == stats, (
+        "what a request comes to after the end is not counted twice"
+    )
     assert len(transport.batches) == 1
 
 
@@ -247,10 +249,10 @@ def test_shutdown_during_an_outage_holds_its_deadline() -> None:
             super().send(batch)
             return RetryLater("ConnectionError")
 
-    worker = make(Down(), retry_initial_s=60, retry_max_s=60)
-    put(worker, 5)
+    outbox = make(Down(), retry_initial_s=60, retry_max_s=60)
+    put(outbox, 5)
     started = time.monotonic()
-    stats = worker.shutdown(0.5)
+    stats = outbox.shutdown(0.5)
     assert time.monotonic() - started < 1.5
     assert stats.dropped == {"shutdown": 5}
     assert balances(stats)
@@ -261,20 +263,20 @@ def test_a_fault_of_the_transport_loses_nothing_and_does_not_end_the_thread(
 ) -> None:
     monkeypatch.setattr("evalvault_sdk.delivery.worker._FAULT_PAUSE_S", 0.01)
     transport = MemoryTransport(ZeroDivisionError("secret"), ZeroDivisionError("secret"))
-    worker = make(transport)
-    put(worker, 3)
-    assert worker.flush(10).delivered == 3
+    outbox = make(transport)
+    put(outbox, 3)
+    assert outbox.flush(10).delivered == 3
     assert "ZeroDivisionError" in caplog.text
     assert "secret" not in caplog.text
-    worker.shutdown(5)
+    outbox.shutdown(5)
 
 
 def test_a_full_queue_drops_the_newest_never_blocks_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    worker = make(MemoryTransport(), flush_interval_s=60, max_queue_events=10, batch_events=1000)
+    outbox = make(MemoryTransport(), flush_interval_s=60, max_queue_events=10, batch_events=1000)
     started = time.monotonic()
-    put(worker, 100_000)
+    put(outbox, 100_000)
     assert time.monotonic() - started < 5
-    stats = worker.shutdown(5)
+    stats = outbox.shutdown(5)
     assert stats.delivered + stats.dropped["queue_full"] == stats.recorded == 100_000
     assert stats.dropped["queue_full"] > 0
     assert "lost (queue_full)" in caplog.text
@@ -295,21 +297,21 @@ def test_the_account_balances_at_every_moment_it_can_be_observed() -> None:
 
     logging.getLogger("evalvault_sdk").setLevel(logging.ERROR)
     try:
-        worker = make(Random(), max_queue_events=500, batch_events=20, retry_initial_s=0.001, retry_max_s=0.002)
+        outbox = make(Random(), max_queue_events=500, batch_events=20, retry_initial_s=0.001, retry_max_s=0.002)
         done = threading.Event()
 
         def record() -> None:
-            put(worker, 3000)
+            put(outbox, 3000)
 
         threads = [threading.Thread(target=record) for _ in range(4)]
         for thread in threads:
             thread.start()
         observed = 0
         while any(thread.is_alive() for thread in threads) or observed < 1000:
-            assert balances(worker.account.stats())
+            assert balances(outbox.queue.account.stats())
             observed += 1
         done.set()
-        stats = worker.shutdown(20)
+        stats = outbox.shutdown(20)
         assert balances(stats)
         assert stats.recorded == 12_000
         assert stats.pending == 0
@@ -320,35 +322,36 @@ def test_the_account_balances_at_every_moment_it_can_be_observed() -> None:
 def test_no_thread_is_left_by_many_workers_made_and_ended() -> None:
     before = threading.active_count()
     for _ in range(100):
-        worker = make(MemoryTransport())
-        put(worker, 1)
-        assert worker.shutdown(5).complete
+        outbox = make(MemoryTransport())
+        put(outbox, 1)
+        assert outbox.shutdown(5).complete
     assert threading.active_count() == before
 
 
 def test_a_fault_in_the_middle_of_a_halved_batch_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evalvault_sdk.delivery.worker._FAULT_PAUSE_S", 0.01)
     transport = MemoryTransport(TooLarge(), Delivered())
-    worker = make(transport, flush_interval_s=60)
-    settle, failed = worker._settle, False
+    outbox = make(transport, flush_interval_s=60, retry_initial_s=5, retry_max_s=5)
+    worker, sent = outbox.worker, 0
+    send = worker._send
 
-    def settle_and_fail_once(batch: Batch, outcome: Any) -> None:
-        nonlocal failed
-        settle(batch, outcome)
-        if not failed:
-            failed = True
-            worker._retry.run = lambda send: (_ for _ in ()).throw(ZeroDivisionError)  # type: ignore[method-assign]
+    def send_and_fail_once(batch: Batch) -> Outcome:
+        nonlocal sent
+        sent += 1
+        if sent == 3:
+            raise ZeroDivisionError
+        return send(batch)
 
-    monkeypatch.setattr(worker, "_settle", settle_and_fail_once)
-    put(worker, 4)
-    worker._speed_up()
-    wait_for(lambda: worker.account.stats().delivered == 2)
-    stats = worker.account.stats()
+    monkeypatch.setattr(worker, "_send", send_and_fail_once)
+    put(outbox, 4)
+    worker.speed_up()
+    wait_for(lambda: outbox.stats().delivered == 2)
+    wait_for(lambda: outbox.stats().queued == 2)
+    stats = outbox.stats()
     assert balances(stats)
-    assert min(stats.queued, stats.in_flight, stats.delivered) >= 0
-    del worker._retry.run
-    stats = worker.shutdown(5)
+    assert (stats.in_flight, numbers(transport)[4:]) == (0, [0, 1])
+    stats = outbox.shutdown(5)
     assert (stats.delivered, stats.complete, balances(stats)) == (4, True, True)
+    assert numbers(transport)[4:] == [0, 1, 2, 3]
 
 
 def test_a_logging_filter_that_raises_is_not_felt() -> None:
@@ -360,23 +363,23 @@ def test_a_logging_filter_that_raises_is_not_felt() -> None:
     logger.addFilter(refuses)
     try:
         transport = MemoryTransport(RetryLater("x"), Delivered((RejectedEvent(0, "x"),)), *[ZeroDivisionError()] * 2)
-        worker = make(transport)
-        put(worker, 2)
-        stats = worker.flush(10)
+        outbox = make(transport)
+        put(outbox, 2)
+        stats = outbox.flush(10)
         assert (stats.delivered, stats.rejected, stats.in_time) == (1, 1, True)
-        put(worker, 2)
-        stats = worker.shutdown(10)
+        put(outbox, 2)
+        stats = outbox.shutdown(10)
         assert (stats.delivered, stats.in_time, balances(stats)) == (3, True, True)
     finally:
         logger.removeFilter(refuses)
 
 
 def test_a_burst_of_large_events_wakes_the_worker_before_the_queue_is_full() -> None:
-    worker = make(MemoryTransport(), flush_interval_s=60)
+    outbox = make(MemoryTransport(), flush_interval_s=60)
     for _ in range(500):
-        worker.queue.put(b"x" * 200_000)
+        outbox.queue.put(b"x" * 200_000)
         time.sleep(0.0005)  # a program that does something in between
-    stats = worker.shutdown(20)
+    stats = outbox.shutdown(20)
     assert (stats.delivered, stats.dropped) == (500, {})
 
 
@@ -418,10 +421,10 @@ def test_workers_that_never_got_an_event_and_those_that_ended_are_not_kept() -> 
     idle = [make(MemoryTransport()) for _ in range(100)]
     busy = make(MemoryTransport())
     put(busy, 1)
-    assert lifecycle._running - before == {busy}
+    assert lifecycle._running - before == {busy.worker}
     busy.shutdown(5)
     assert lifecycle._running - before == set()
-    assert all(worker.shutdown(1).in_time for worker in idle)
+    assert all(outbox.shutdown(1).in_time for outbox in idle)
 
 
 def test_a_flush_says_whether_it_was_in_time_whatever_was_lost_before() -> None:
@@ -433,22 +436,22 @@ def test_a_flush_says_whether_it_was_in_time_whatever_was_lost_before() -> None:
                 release.wait(30)
             return super().send(batch)
 
-    worker = make(Slow(Delivered((RejectedEvent(0, "x"),))))
-    put(worker, 2)
-    report = worker.flush(10)
+    outbox = make(Slow(Delivered((RejectedEvent(0, "x"),))))
+    put(outbox, 2)
+    report = outbox.flush(10)
     assert (report.in_time, report.complete, report.rejected) == (True, False, 1)
-    put(worker, 1)
-    assert not worker.flush(0.1).in_time
+    put(outbox, 1)
+    assert not outbox.flush(0.1).in_time
     release.set()
-    assert worker.flush(float("inf")).in_time
-    assert worker.shutdown(float("inf")).in_time
+    assert outbox.flush(float("inf")).in_time
+    assert outbox.shutdown(float("inf")).in_time
 
 
 def test_a_server_that_refuses_everything_is_not_asked_for_ever() -> None:
     judge = Judge(bad=set(range(5000)))
-    worker = make(judge, flush_interval_s=60, batch_events=10_000)
-    put(worker, 5000)
-    stats = worker.shutdown(20)
+    outbox = make(judge, flush_interval_s=60, batch_events=10_000)
+    put(outbox, 5000)
+    stats = outbox.shutdown(20)
     assert (stats.rejected, stats.pending) == (5000, 0)
     assert len(judge.batches) < 200
 
@@ -461,11 +464,11 @@ def test_the_last_request_gets_the_time_that_is_left() -> None:
             asked.append(timeout_s)
             return super().send(batch)
 
-    worker = make(Asks())
-    put(worker, 1)
-    worker.flush(10)
-    put(worker, 1)
-    worker.shutdown(7)
+    outbox = make(Asks())
+    put(outbox, 1)
+    outbox.flush(10)
+    put(outbox, 1)
+    outbox.shutdown(7)
     assert asked[0] is None
     assert asked[1] is not None
     assert 0 < asked[1] <= 7
@@ -474,77 +477,76 @@ def test_the_last_request_gets_the_time_that_is_left() -> None:
 def test_flushes_of_many_threads_at_the_very_start_leave_a_worker_that_goes_on() -> None:
     for _ in range(150):
         transport = MemoryTransport()
-        worker = make(transport, flush_interval_s=0.01)
+        outbox = make(transport, flush_interval_s=0.01)
         together = threading.Barrier(6)
 
-        def first_action(worker: Worker = worker, together: threading.Barrier = together) -> None:
+        def first_action(outbox: Outbox = outbox, together: threading.Barrier = together) -> None:
             together.wait(10)
-            put(worker, 1)
-            worker.flush(0.02)
+            put(outbox, 1)
+            outbox.flush(0.02)
 
         threads = [threading.Thread(target=first_action) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert worker._deadline == float("inf")
-        put(worker, 1)
-        assert worker.shutdown(5).complete
+        assert outbox.worker._deadline == float("inf")
+        put(outbox, 1)
+        assert outbox.shutdown(5).complete
 
 
 def test_a_thread_that_cannot_be_started_once_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = make(MemoryTransport())
+    outbox = make(MemoryTransport())
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start")))
-        put(worker, 2)
-        assert worker.flush(0.5).complete, "delivered in the caller's thread"
+        put(outbox, 2)
+        assert outbox.flush(0.5).complete, "delivered in the caller's thread"
     time.sleep(0.6)  # the flush's own deadline passes, and must not be the worker's
-    put(worker, 1)
-    wait_for(lambda: worker.account.stats().delivered == 3, 5)
-    assert worker.shutdown(5).complete
+    put(outbox, 1)
+    wait_for(lambda: outbox.queue.account.stats().delivered == 3, 5)
+    assert outbox.shutdown(5).complete
 
 
 def test_a_flush_without_a_thread_that_runs_out_of_time_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = make(MemoryTransport(*[RetryLater("x")] * 3), retry_initial_s=0.2, retry_max_s=0.2)
-    monkeypatch.setattr(worker, "_start", lambda wait_s=0.0: None)
-    worker.queue.on_first_put = None
-    put(worker, 2)
-    report = worker.flush(0.01)
+    outbox = make(MemoryTransport(*[RetryLater("x")] * 3), retry_initial_s=0.2, retry_max_s=0.2)
+    monkeypatch.setattr(outbox.worker, "start", lambda wait_s=0.0: None)
+    outbox.queue.on_first_put = None
+    put(outbox, 2)
+    report = outbox.flush(0.01)
     assert (report.in_time, report.queued, report.dropped) == (False, 2, {})
-    assert worker.shutdown(5).complete
+    assert outbox.shutdown(5).complete
 
 
 def test_shutdown_uses_its_time_although_there_was_a_long_outage() -> None:
     transport = MemoryTransport(*[RetryLater("x")] * 10)
-    worker = make(transport, retry_initial_s=0.01, retry_max_s=60)
-    worker._retry._initial_s = 0.01
-    put(worker, 1)
+    outbox = make(transport, retry_initial_s=0.01, retry_max_s=60)
+    put(outbox, 1)
     wait_for(lambda: len(transport.batches) >= 4, 20)
-    assert worker.shutdown(10).complete
+    assert outbox.shutdown(10).complete
 
 
 def test_all_losses_are_told_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
-    worker = make(MemoryTransport(), max_queue_events=10, flush_interval_s=0.01)
+    outbox = make(MemoryTransport(), max_queue_events=10, flush_interval_s=0.01)
     for _ in range(5):
-        put(worker, 200)
-        worker.flush(5)
-    stats = worker.shutdown(5)
+        put(outbox, 200)
+        outbox.flush(5)
+    stats = outbox.shutdown(5)
     told = [int(words[0]) for words in re.findall(r"(\d+) events for memory were lost \((queue_full)\)", caplog.text)]
     assert sum(told) == stats.dropped["queue_full"]
     assert len(told) <= 2
 
 
 def test_a_limit_is_learnt_from_what_passed_not_from_what_was_refused() -> None:
-    worker = make(MemoryTransport(*[TooLarge()] * 200), flush_interval_s=60)
+    outbox = make(MemoryTransport(*[TooLarge()] * 200), flush_interval_s=60)
     for _ in range(50):
-        worker.queue.put(orjson.dumps({"n": 1, "padding": "x" * 5000}))
-    assert worker.flush(10).rejected == 50
-    assert worker._limits.max_bytes == 4 << 20
-    worker.shutdown(5)
+        outbox.queue.put(orjson.dumps({"n": 1, "padding": "x" * 5000}))
+    assert outbox.flush(10).rejected == 50
+    assert outbox.worker._limits.max_bytes == 4 << 20
+    outbox.shutdown(5)
 
 
 def test_the_second_shutdown_says_what_the_first_said() -> None:
-    worker = make(MemoryTransport(*[RetryLater("x")] * 1000))
-    put(worker, 1)
-    assert not worker.shutdown(0.1).in_time
-    assert not worker.shutdown(0.1).in_time
+    outbox = make(MemoryTransport(*[RetryLater("x")] * 1000))
+    put(outbox, 1)
+    assert not outbox.shutdown(0.1).in_time
+    assert not outbox.shutdown(0.1).in_time

@@ -1,0 +1,55 @@
+"""
+Append lines to a file that other processes append to as well.
+
+In:   lines, each with its end.
+Out:  all of them at the end of the file, on the disk, or none: the file never ends in half a line.
+
+Each process holds a lock on the file while it writes. What does not fit on the disk is taken back whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: one process a file
+    fcntl = None  # type: ignore[assignment]
+
+
+def append_lines(path: str | Path, lines: bytes, *, max_bytes: int | None = None, older: Path | None = None) -> None:
+    """
+    Append `lines` to a file that other processes append to as well: all of them, on the disk, or none.
+
+    A file that is not there is made for its owner only. One that would exceed `max_bytes` becomes `older` first.
+    Raises `OSError`.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            size = os.fstat(file).st_size
+            if max_bytes is not None and older is not None and size and size + len(lines) > max_bytes:
+                with contextlib.suppress(FileNotFoundError):  # another process has just set it aside
+                    if os.stat(path).st_ino == os.fstat(file).st_ino:
+                        os.replace(path, older)
+                continue
+            _append(file, size, lines)
+            return
+        finally:
+            os.close(file)  # lets go of the lock, too
+
+
+def _append(file: int, size: int, lines: bytes) -> None:
+    try:
+        rest = memoryview(lines)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, size)
+        raise

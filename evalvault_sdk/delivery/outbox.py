@@ -1,0 +1,119 @@
+"""
+One tracer's way out: a queue of its own, and a worker that it shares.
+
+In:   the settings of a tracer.
+Out:  an `Outbox`: a sink for its events, `flush`, `shutdown`, and the truth about them.
+
+One worker per process and destination, however many tracers are made: those whose settings differ in nothing
+but the run share it, and with it one thread, one connection and one place on disk. Each has an account of its
+own. The worker ends with the last of them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import attrs
+
+from evalvault_sdk.config import Settings
+from evalvault_sdk.delivery.account import FlushReport, Stats
+from evalvault_sdk.delivery.queue import EventQueue
+from evalvault_sdk.delivery.transport.base import Transport
+from evalvault_sdk.delivery.transport.file import FileTransport
+from evalvault_sdk.delivery.transport.http import HttpTransport
+from evalvault_sdk.delivery.transport.store import StoreTransport
+from evalvault_sdk.delivery.worker import Worker
+
+# Reentrant: a tracer may be collected, and so let go of its worker, while its thread makes another.
+_sharing = threading.RLock()
+_shared: dict[Hashable, Worker] = {}
+
+
+def open_outbox(settings: Settings, transport: Transport | None = None) -> Outbox:
+    """Return a new outbox; one with a transport of its own shares nothing."""
+    if transport is not None:
+        worker = Worker(transport, settings)
+        outbox = Outbox(worker, worker.open_queue(), settings)
+    else:
+        key = _key(settings)
+        with _sharing:
+            shared = _shared.get(key)
+            if shared is None or shared.closing:
+                shared = _shared[key] = Worker(_transport_for(settings), settings)
+            worker = shared
+            outbox = Outbox(worker, worker.open_queue(), settings)
+    if settings.enabled:
+        worker.adopt_orphans()
+    return outbox
+
+
+@attrs.define(eq=False)
+class Outbox:
+    """A queue and its worker."""
+
+    worker: Worker
+    queue: EventQueue
+    _settings: Settings
+
+    @property
+    def destination(self) -> str:
+        """Where events go."""
+        return self.worker.destination
+
+    def flush(self, timeout_s: float) -> FlushReport:
+        """Deliver what was recorded before this call, waiting at most `timeout_s` seconds."""
+        in_time = self.worker.flush(self.queue, timeout_s)
+        return self.queue.account.report(in_time=in_time)
+
+    def shutdown(self, timeout_s: float | None = None) -> FlushReport:
+        """Take no more events, deliver those taken; put on disk what is left after `timeout_s` seconds."""
+        self._release(timeout_s, wait=True)
+        account = self.queue.account
+        return account.report(in_time=not account.pending and not account.dropped.get("shutdown"))
+
+    def close(self) -> None:
+        """Take no more events, and leave it to the thread to deliver those taken."""
+        self._release(None, wait=False)
+
+    def _release(self, timeout_s: float | None, *, wait: bool) -> None:
+        if timeout_s is None:
+            timeout_s = self._settings.shutdown_timeout_s
+        with _sharing:
+            # From here on nobody joins a worker that is about to end.
+            last = self.worker.leave(self.queue, timeout_s)
+            for key in [key for key, worker in _shared.items() if worker is self.worker and worker.closing]:
+                del _shared[key]
+        if wait:
+            self.worker.see_off(self.queue, timeout_s, last=last)
+
+    def stats(self) -> Stats:
+        """Return what became of all events recorded so far."""
+        return self.queue.account.stats()
+
+
+def _transport_for(settings: Settings) -> Transport:
+    if settings.file is not None:
+        return FileTransport(settings.file)
+    if settings.db_path is not None:
+        return StoreTransport(settings.db_path)
+    return HttpTransport(settings)
+
+
+def _key(settings: Settings) -> Hashable:
+    """Return what two settings have in common that may share a worker."""
+    values: dict[str, Any] = attrs.asdict(settings, recurse=False, filter=lambda field, _: field.name != "run_id")
+    return tuple(
+        (name, tuple(sorted(value.items())) if isinstance(value, Mapping) else value) for name, value in values.items()
+    )
+
+
+def _after_fork_in_child() -> None:
+    global _sharing
+    _sharing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,645 @@
+"""
+Keep events on disk until they are delivered. This is the specification of the folder.
+
+In:   events that cannot stay in memory: batches that could not be delivered (outage, exit), events for which
+      the queue has no room, or with a journal every event.
+Out:  batches, oldest first, for the worker; what an ended process left behind is adopted and delivered, too.
+
+The folder
+    A root (`delivery.folder`) holds one folder for each destination and user, 0700; in it, all files 0600::
+
+        destination                                 where its events go, one line
+        1767780000123-9f86d081884c7d65-000001.jsonl a segment: events as lines of JSON, nothing else
+        9f86d081884c7d65.lock                       the lock of the owner 9f86d081884c7d65
+        dead-letter.jsonl                           see `delivery.deadletter`
+
+    A segment's name is its first event's time (Unix milliseconds, 13 digits), its owner (16 random hex digits) and
+    a running number. So names sort by age, and every segment is a file that `evalvault stage ingest` takes.
+
+Ownership
+    An owner is one worker of one process. It holds an exclusive lock (flock) on its lock file as long as it lives;
+    the system lets go of it when the process ends, however it ends. Process ids play no part: they mislead across
+    containers that share a volume. Whoever gets the lock of another owner adopts its segments. A lock counts
+    only if the file it is on still has its name, since an adopter removes the file with the last segment. A lock
+    file that is missing while segments are there is made by the adopter, once they are a minute old. On a file
+    system without locks nothing is adopted; `evalvault-sdk spool replay` delivers what is left there.
+
+Writing
+    One `write` with O_APPEND for each append, a line's end after every event. What fails half-way is cut off
+    again, and the segment is closed. A segment is closed at 4 MiB, or earlier to be delivered. Nothing waits for the
+    disk itself (no fsync): events survive the death of the process, not that of the machine within the seconds
+    until the system has written them.
+
+Acknowledgement
+    A segment is deleted when every event of it has met its fate: stored, as the server said after its commit, or
+    rejected and in the dead letter. Until then it stays as it is. A crash in between delivers events again,
+    which the server stores once, since their ids are the same.
+
+Recovery
+    A last line without its end is an event if it is whole JSON; if not it is torn, and cut. Any other line that
+    is no JSON object is damaged: it goes to the dead letter and is counted. Neither stops the rest.
+
+Bounds
+    All segments of the folder together, of all processes, take at most `max_bytes`. When there is no room for
+    another segment, the policy says whether the oldest that we own or have adopted is deleted (`drop_oldest`) or
+    nothing more is written (`drop_newest`). Segments older than `max_age_s` are deleted. Each event lost is counted.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import attrs
+
+from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Share
+from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits, split_shares
+from evalvault_sdk.delivery.deadletter import DeadLetter
+from evalvault_sdk.delivery.folder import folder_of, make_folder
+from evalvault_sdk.delivery.segment import Line, Segment
+
+try:
+    import fcntl
+except ImportError:  # no POSIX
+    fcntl = None  # type: ignore[assignment]
+
+#: What becomes of events for which the disk has no room: the oldest ones make it, or they are not written.
+SpoolPolicy = Literal["drop_oldest", "drop_newest"]
+
+SEGMENT_NAME = re.compile(r"(?P<created>\d{13})-(?P<owner>[0-9a-f]{16})-\d{6,}\.jsonl")
+LOCK_NAME = re.compile(r"(?P<owner>[0-9a-f]{16})\.lock")
+
+_SEGMENT_BYTES = 4 << 20
+#: After the disk failed, so many seconds pass before it is tried again: each try costs a system call.
+_FAULT_PAUSE_S = 1.0
+#: Segments without a lock file are adopted when nobody has written to them for so many seconds.
+_UNLOCKED_AGE_S = 60.0
+#: A segment that cannot be read is tried again after so many seconds.
+_UNREADABLE_PAUSE_S = 10.0
+#: Owners adopted at a time: the others are left to other processes, or for later.
+_MAX_ADOPTED = 16
+
+
+@attrs.frozen
+class Reading:
+    """What was read of a segment at once."""
+
+    batch: Batch
+    #: For each event, where the segment goes on after it.
+    ends: tuple[int, ...]
+    #: Where it goes on after all that was read.
+    end: int
+
+
+class Spool:
+    """
+    One worker's way to the folder of its destination.
+
+    `append` is called in the program's threads with the ledger's lock held. All else is the worker's, or of
+    whoever ends it, but for the list of segments, which is changed under the lock.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        destination: str,
+        ledger: Ledger,
+        *,
+        max_bytes: int,
+        max_age_s: float,
+        policy: SpoolPolicy = "drop_oldest",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder = folder_of(root, destination)
+        self._path = str(self.folder)
+        self._destination = destination
+        self._ledger = ledger
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._policy = policy
+        self._clock = clock
+        self._segment_bytes = max(1, min(_SEGMENT_BYTES, max_bytes // 8))
+        self.dead_letter = DeadLetter(self.folder, destination, max_bytes=max(1 << 16, max_bytes // 16))
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._owner: str | None = None
+        self._lock: int | None = None
+        self._adopted: dict[str, int] = {}
+        #: Closed segments whose events are to be delivered, oldest first; a journal's newest are apart.
+        self._backlog: list[Segment] = []
+        self._fresh: list[Segment] = []
+        self._direct: Segment | None = None  # the program's threads append to it
+        self._parked: Segment | None = None  # the worker appends to it
+        self._parked_shares: list[Share] = []
+        self._sending: Segment | None = None
+        self._number = 0
+        self._last_ms = 0
+        self._bytes = 0
+        self._failed_at = float("-inf")
+        #: Whether the last event was refused because the bounds on disk are reached.
+        self.full = False
+        #: What is wrong with the folder, for a log line; the worker says it.
+        self.fault: str | None = None
+        #: Whether the folder's file system has locks.
+        self.locks_work = True
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def append(self, event: bytes, account: Account) -> bool:
+        """Write an event of the program's own thread; say whether it is on disk. The ledger's lock is held."""
+        segment = self._direct
+        if segment is None or segment.size >= self._segment_bytes:
+            self._seal_direct()
+            segment = self._direct = self._new_segment(len(event) + 1)
+            if segment is None:
+                return False
+        try:
+            segment.append(event + b"\n")
+        except OSError as error:
+            self._failed(error)
+            self._seal_direct()
+            return False
+        self._ledger.direct.append(account)
+        self._bytes += len(event) + 1
+        return True
+
+    def store(self, batch: Batch, *, alone: bool = False) -> bool:
+        """
+        Write a batch in flight, and count it as spooled; say whether it is on disk: all of it, or nothing.
+
+        `alone`: into a segment of its own, for a thread other than the worker's.
+        """
+        lines = b"\n".join(batch.events) + b"\n"
+        with self._ledger.lock:
+            segment = None if alone else self._parked
+            if segment is not None and (segment.size >= self._segment_bytes or not segment.is_there):
+                self._seal_parked()
+                segment = None
+            if segment is None:
+                segment = self._new_segment(len(lines))
+                if segment is None:
+                    return False
+                if not alone:
+                    self._parked = segment
+        try:
+            segment.append(lines)
+        except OSError as error:
+            with self._ledger.lock:
+                self._failed(error)
+                if alone:
+                    segment.delete()
+                else:
+                    self._seal_parked()
+            return False
+        with self._ledger.lock:
+            self._bytes += len(lines)
+            for share in batch.shares:
+                share.account.park(share)
+            if alone:
+                segment.shares = batch.shares
+                self._keep(segment)
+            else:
+                self._parked_shares += batch.shares
+        return True
+
+    def _new_segment(self, size: int) -> Segment | None:
+        """Return an empty segment that is ours, or None if there is no room or the disk does not work."""
+        now = self._clock()
+        if 0 <= now - self._failed_at < _FAULT_PAUSE_S:
+            return None
+        self.full = not self._make_room(max(size, self._segment_bytes))
+        if self.full:
+            return None
+        try:
+            try:
+                return self._create(now)
+            except FileNotFoundError:  # somebody removed the folder: then our lock is gone, too
+                self._let_go()
+                return self._create(now)
+        except OSError as error:
+            self._failed(error)
+            return None
+
+    def _create(self, now: float) -> Segment:
+        if self._owner is None:
+            self._begin()
+        assert self._owner is not None  # noqa: S101 - _begin set it, or raised
+        self._number += 1
+        self._last_ms = max(int(now * 1000), self._last_ms)  # a clock that was set back must not change the order
+        name = f"{self._last_ms:013d}-{self._owner}-{self._number:06d}.jsonl"
+        return Segment.create(f"{self._path}/{name}", self._last_ms, self._owner)
+
+    def _begin(self) -> None:
+        """Become an owner: make the folder and a lock of our own."""
+        make_folder(self.folder, self._destination)
+        owner = os.urandom(8).hex()
+        lock, _ = self._take_lock(owner, make=True)
+        if lock is None:
+            raise BlockingIOError("the lock file could not be locked")
+        self._owner, self._lock = owner, lock
+
+    def _failed(self, error: OSError) -> None:
+        self._failed_at = self._clock()
+        self.fault = f"{type(error).__name__}: {error.strerror or error}"
+
+    # -- bounds -------------------------------------------------------------------------------------
+
+    def _make_room(self, size: int) -> bool:
+        if self._bytes + size <= self._max_bytes:
+            return True
+        if self._policy == "drop_oldest":
+            for segment in [*self._backlog, *self._fresh]:
+                if segment is not self._sending:
+                    self._discard(segment, "spool_full")
+                    if self._bytes + size <= self._max_bytes:
+                        return True
+        return False
+
+    def _discard(self, segment: Segment, reason: DropReason) -> None:
+        """Delete a segment, and count what was in it as lost. The ledger's lock is held."""
+        lost = sum(share.count for share in segment.shares)
+        for share in segment.shares:
+            share.account.lose(share, reason, in_flight=False)
+        if segment.owner in self._adopted:
+            inherited = self._ledger.inherited
+            with contextlib.suppress(OSError):
+                count = max(0, _count_lines(segment) - lost)
+                inherited.lose(inherited.seal(count), reason, in_flight=False)
+        segment.shares = ()
+        self._remove(segment)
+        self._ledger.settled.notify_all()
+
+    def _remove(self, segment: Segment) -> None:
+        for segments in (self._backlog, self._fresh):
+            if segment in segments:
+                segments.remove(segment)
+        self._bytes = max(0, self._bytes - segment.size)
+        segment.delete()
+
+    # -- delivering ---------------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """Close the segments that are being written, so that they can be delivered."""
+        with self._ledger.lock:
+            self._seal_direct()
+            self._seal_parked()
+
+    def _seal_direct(self) -> None:
+        segment, self._direct = self._direct, None
+        if segment is not None:
+            segment.shares = self._ledger.seal_direct()
+            _finish_writing(segment)
+            if segment.size:
+                self._fresh.append(segment)
+            else:
+                segment.delete()
+            self._ledger.settled.notify_all()
+
+    def _seal_parked(self) -> None:
+        segment, self._parked = self._parked, None
+        if segment is not None:
+            segment.shares, self._parked_shares = tuple(self._parked_shares), []
+            if segment.size:
+                self._keep(segment)
+            else:
+                segment.delete()
+
+    def _keep(self, segment: Segment) -> None:
+        _finish_writing(segment)
+        bisect.insort(self._backlog, segment, key=lambda other: other.path)
+
+    def take_fresh(self) -> Segment | None:
+        """Return the oldest segment that the program's threads have written since the last call, if any."""
+        with self._ledger.lock:
+            if not self._fresh:
+                self._seal_direct()
+            if not self._fresh:
+                return None
+            self._sending = self._fresh[0]
+            return self._sending
+
+    def take_backlog(self) -> Segment | None:
+        """Return the oldest segment that was not delivered, if any."""
+        with self._ledger.lock:
+            if not self._backlog:
+                self._seal_parked()
+            if not self._backlog:
+                return None
+            now = self._clock()
+            self._sending = next((segment for segment in self._backlog if segment.resume_at <= now), None)
+            return self._sending
+
+    def put_off(self, more_than: int = 0) -> None:
+        """Let what is fresh wait its turn, if it is more than so many segments: for now it cannot be delivered."""
+        with self._ledger.lock:
+            if not more_than:
+                self._seal_direct()
+            if len(self._fresh) > more_than:
+                fresh, self._fresh = self._fresh, []
+                for segment in fresh:
+                    self._keep(segment)
+
+    @property
+    def has_fresh(self) -> bool:
+        """Whether the program's threads have written anything that was not put off."""
+        return bool(self._fresh or self._direct is not None)
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether anything waits its turn that can be delivered now."""
+        now = self._clock()
+        return self._parked is not None or any(segment.resume_at <= now for segment in self._backlog)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is worth a try to write now."""
+        return not self.full and not 0 <= self._clock() - self._failed_at < _FAULT_PAUSE_S
+
+    def read(self, segment: Segment, limits: BatchLimits) -> Reading | None:
+        """
+        Return the next events of a segment, counted as in flight; None if there are none left.
+
+        Damaged lines are put into the dead letter and counted on the way. Raises `OSError` when it cannot be
+        read for now.
+        """
+        try:
+            lines = segment.read(limits.max_events, max(1, limits.max_bytes - ENVELOPE_BYTES))
+        except FileNotFoundError:  # somebody removed it
+            with self._ledger.lock:
+                self._discard(segment, "damaged")
+            return None
+        except OSError as error:  # it may be readable later: too many open files, say
+            with self._ledger.lock:
+                self._failed(error)
+            segment.resume_at = self._clock() + _UNREADABLE_PAUSE_S
+            raise
+        damaged: list[tuple[bytes, str]] = []
+        with self._ledger.lock:
+            batch, ends = self._claim(segment, lines, damaged)
+            if not lines:
+                for share in segment.shares:  # the file is shorter than what was written to it
+                    share.account.lose(share, "damaged", in_flight=False)
+                segment.shares = ()
+        if damaged:
+            self.dead_letter.add(damaged, damaged=True)
+        return Reading(batch, ends, lines[-1].end) if lines else None
+
+    def _claim(
+        self, segment: Segment, lines: list[Line], damaged: list[tuple[bytes, str]]
+    ) -> tuple[Batch, tuple[int, ...]]:
+        """Say whose each line is, and count it as in flight; damaged ones as lost, once."""
+        inherited = self._ledger.inherited
+        known = sum(share.count for share in segment.shares)
+        if known < len(lines):
+            segment.shares = (*segment.shares, inherited.seal(len(lines) - known))
+        events: list[bytes] = []
+        shares: list[Share] = []
+        ends: list[int] = []
+        rest = segment.shares
+        for run in _runs(lines):
+            first, rest = split_shares(rest, len(run))
+            if run[0].sound:
+                for share in first:
+                    share.account.pick_up(share)
+                shares += first
+                events += [line.text for line in run]
+                ends += [line.end for line in run]
+                continue
+            for share in first:
+                share.account.lose(share, "damaged", in_flight=False)
+            damaged += [(line.text, "it is no JSON object: the file was damaged") for line in run]
+        segment.shares = rest
+        return Batch(tuple(events), tuple(shares)), tuple(ends)
+
+    def advance(self, segment: Segment, reading: Reading, rest: Batch) -> None:
+        """Take note that all of a reading has met its fate but for `rest`, which stays."""
+        with self._ledger.lock:
+            settled = len(reading.batch) - len(rest)
+            if not len(rest):
+                segment.offset = reading.end
+            elif settled:
+                segment.offset = reading.ends[settled - 1]
+            for share in rest.shares:
+                share.account.park(share)
+            segment.shares = (*rest.shares, *segment.shares)
+
+    def finish(self, segment: Segment) -> None:
+        """Delete a segment whose events have all met their fate."""
+        with self._ledger.lock:
+            self._remove(segment)
+            self._sending = None
+            self._ledger.settled.notify_all()
+        self._clear_adopted()
+
+    # -- other owners -------------------------------------------------------------------------------
+
+    def has_orphans(self) -> bool:
+        """Whether the folder holds segments that are not ours: of ended processes, or of others that run."""
+        with contextlib.suppress(OSError), os.scandir(self._path) as entries:
+            return any(SEGMENT_NAME.fullmatch(entry.name) for entry in entries)
+        return False
+
+    def look_around(self) -> None:
+        """See what is in the folder: how much of it, what is too old, and what can be adopted."""
+        found: dict[str, list[os.DirEntry[str]]] = {}
+        locks: set[str] = set()
+        total = 0
+        try:
+            with os.scandir(self._path) as entries:
+                for entry in entries:
+                    if match := SEGMENT_NAME.fullmatch(entry.name):
+                        found.setdefault(match["owner"], []).append(entry)
+                        with contextlib.suppress(OSError):
+                            total += entry.stat(follow_symlinks=False).st_size
+                    elif match := LOCK_NAME.fullmatch(entry.name):
+                        locks.add(match["owner"])
+        except OSError:
+            pass
+        with self._ledger.lock:
+            self._bytes = total
+            if self._lock is not None and not _is_named(self._lock, self._lock_path(self._owner or "")):
+                self._let_go()
+
+        def oldest(owner: str) -> str:
+            return min((entry.name for entry in found.get(owner, [])), default="")
+
+        for owner in sorted(found.keys() | locks, key=oldest):
+            if owner != self._owner and len(self._adopted) < _MAX_ADOPTED:
+                self._adopt(owner, found.get(owner, []), has_lock=owner in locks)
+        self._drop_expired()
+        self._clear_adopted()
+
+    def _adopt(self, owner: str, entries: list[os.DirEntry[str]], *, has_lock: bool) -> None:
+        lock = self._adopted.get(owner)
+        if lock is None:
+            if not has_lock and not all(_age_s(entry, self._clock()) > _UNLOCKED_AGE_S for entry in entries):
+                return
+            lock, free = self._take_lock(owner, make=not has_lock)
+            if lock is None or not free:
+                return
+            self._adopted[owner] = lock
+            # What was listed before may be gone: whoever had the lock may just have delivered it.
+            entries = [entry for entry in entries if os.path.exists(entry.path)]
+        known = {segment.path for segment in self._backlog}
+        for entry in entries:
+            match = SEGMENT_NAME.fullmatch(entry.name)
+            if match and entry.path not in known:
+                with contextlib.suppress(OSError):
+                    size = entry.stat(follow_symlinks=False).st_size
+                    segment = Segment(entry.path, int(match["created"]), owner, size)
+                    with self._ledger.lock:
+                        bisect.insort(self._backlog, segment, key=lambda other: other.path)
+
+    def _clear_adopted(self) -> None:
+        """Let go of the owners that have no segment left, and remove their lock files."""
+        if not self._adopted:
+            return
+        with self._ledger.lock:
+            left = {segment.owner for segment in self._backlog}
+            for owner in self._adopted.keys() - left:
+                _unlock(self._adopted.pop(owner), self._lock_path(owner))
+
+    def _drop_expired(self) -> None:
+        oldest_ms = (self._clock() - self._max_age_s) * 1000
+        with self._ledger.lock:
+            for segment in [*self._backlog, *self._fresh]:
+                if segment.created_ms < oldest_ms:
+                    self._discard(segment, "expired")
+
+    def _lock_path(self, owner: str) -> str:
+        return f"{self._path}/{owner}.lock"
+
+    def _take_lock(self, owner: str, *, make: bool) -> tuple[int | None, bool]:
+        """Return the owner's lock file, opened, if nobody else holds it; and whether it is truly locked."""
+        path = self._lock_path(owner)
+        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | (os.O_CREAT if make else 0)
+        try:
+            file = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            if make:
+                raise
+            return None, False
+        if fcntl is None:
+            self.locks_work = False
+            return file, False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None, False
+        except OSError:
+            # A file system without locks: we write, but adopt nothing.
+            self.locks_work = False
+            return file, False
+        if not _is_named(file, path):
+            os.close(file)
+            return None, False
+        return file, True
+
+    def _let_go(self) -> None:
+        """Our lock file is gone, and with it our ownership: what comes next gets a new owner."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._lock)
+        self._owner = self._lock = None
+
+    # -- the end ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave what is here to the next process of this destination."""
+        with self._ledger.lock:
+            self._seal_direct()
+            self._seal_parked()
+            for segment in [*self._fresh, *self._backlog]:
+                if not segment.is_there:
+                    self._write_again(segment)
+                with contextlib.suppress(OSError):
+                    segment.close()
+            if self._lock is not None and self._owner is not None:
+                if any(segment.owner == self._owner for segment in (*self._fresh, *self._backlog)):
+                    with contextlib.suppress(OSError):
+                        os.close(self._lock)  # lets go of the lock; the file is for the adopter
+                else:
+                    _unlock(self._lock, self._lock_path(self._owner))
+            for lock in self._adopted.values():
+                with contextlib.suppress(OSError):
+                    os.close(lock)
+            self._start_over()
+
+    def _write_again(self, segment: Segment) -> None:
+        """Somebody removed the file: save what can still be read of it, as long as it is open."""
+        with contextlib.suppress(OSError):
+            lines = segment.read(1 << 30, 1 << 30)
+            if lines and (copy := self._new_segment(segment.size)) is not None:
+                copy.append(b"".join(line.text + b"\n" for line in lines))
+                copy.close()
+
+    def after_fork_in_child(self) -> None:
+        """Leave the parent's files alone: they are its own to deliver. Closing our copies frees no lock of its."""
+        files = [self._lock, *self._adopted.values()]
+        segments = [self._direct, self._parked, *self._fresh, *self._backlog]
+        for segment in segments:
+            if segment is not None:
+                with contextlib.suppress(OSError):
+                    segment.close()
+        for file in files:
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    os.close(file)
+        self._start_over()
+
+
+def _finish_writing(segment: Segment) -> None:
+    if segment.is_there:  # if somebody removed it, the open file is all there is
+        with contextlib.suppress(OSError):
+            segment.close()
+
+
+def _runs(lines: list[Line]) -> Iterable[list[Line]]:
+    """Return consecutive lines that are all sound or all damaged."""
+    run: list[Line] = []
+    for line in lines:
+        if run and run[0].sound != line.sound:
+            yield run
+            run = []
+        run.append(line)
+    if run:
+        yield run
+
+
+def _count_lines(segment: Segment) -> int:
+    count = 0
+    with open(segment.path, "rb") as file:
+        file.seek(segment.offset)
+        while chunk := file.read(1 << 20):
+            count += chunk.count(b"\n")
+    return count
+
+
+def _age_s(entry: os.DirEntry[str], now: float) -> float:
+    try:
+        return now - entry.stat(follow_symlinks=False).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_named(file: int, path: str) -> bool:
+    try:
+        return os.fstat(file).st_ino == os.stat(path, follow_symlinks=False).st_ino
+    except OSError:
+        return False
+
+
+def _unlock(file: int, path: str) -> None:
+    """Remove a lock file that we hold, then let go of it."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.close(file)
