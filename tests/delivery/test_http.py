@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
+import socket
 import ssl
 import threading
 import time
@@ -263,3 +265,37 @@ def test_retry_after_is_read_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> N
     assert retry_after_s("-5", now) is None
     assert retry_after_s("²", now) is None
     assert retry_after_s(None, now) is None
+
+
+@pytest.mark.parametrize("part", ["status line", "headers", "body"])
+def test_an_answer_that_trickles_in_is_given_up_in_time(part: str) -> None:
+    answer = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 64\r\n\r\n{"stored": 1'
+    at_once = {"status line": 0, "headers": 20, "body": len(answer)}[part]
+    stop = threading.Event()
+
+    def trickle(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            with contextlib.suppress(OSError):
+                connection.sendall(answer[:at_once])
+                for byte in answer[at_once:] + b" " * 1000:
+                    if stop.wait(0.05):
+                        break
+                    connection.sendall(bytes([byte]))
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = threading.Thread(target=trickle, args=(listener,))
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        transport = HttpTransport(Settings(run_id="r", api_url=url, read_timeout_s=0.5))
+        started = time.monotonic()
+        outcome = transport.send(Batch((b"{}",)))
+        took_s = time.monotonic() - started
+        stop.set()
+        server.join()
+        transport.close()
+    assert isinstance(outcome, RetryLater)
+    assert 0.4 < took_s < 2

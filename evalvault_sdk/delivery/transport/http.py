@@ -68,7 +68,8 @@ class HttpTransport:
 
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         """Post the batch once; `timeout_s` shortens the timeouts of the settings."""
-        load("requests", "netrc", "encodings.idna")  # the last two requests itself imports late
+        # The two in the middle requests itself imports late.
+        load("requests", "netrc", "encodings.idna", "evalvault_sdk.delivery.transport.deadline")
         import requests
 
         body = batch.body()
@@ -78,7 +79,7 @@ class HttpTransport:
             headers["Content-Encoding"] = "gzip"
         try:
             if self._session is None:
-                self._session = open_session(self._settings)
+                self._session = self._open()
             with self._session.post(
                 self.destination,
                 data=body,
@@ -93,6 +94,14 @@ class HttpTransport:
             # OSError: a CA bundle that is not there, a socket that broke while the answer was read.
             self.close()
             return RetryLater(_describe(error), advice=_advice_for(error))
+
+    def _open(self) -> requests.Session:
+        from evalvault_sdk.delivery.transport.deadline import DeadlineAdapter
+
+        session = open_session(self._settings)
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, DeadlineAdapter())
+        return session
 
     def _timeouts(self, most_s: float | None) -> tuple[float, float]:
         connect_s, read_s = self._settings.connect_timeout_s, self._settings.read_timeout_s
