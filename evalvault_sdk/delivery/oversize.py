@@ -13,9 +13,8 @@ from typing import Any
 
 import orjson
 
-#: What is left at least of a text that is cut.
-_MIN_KEPT = 64
 _PARTS = ("attributes", "metadata")
+_MARKER = "... (truncated: it was %d bytes)"
 
 
 def shrink(event: bytes, max_bytes: int) -> bytes | None:
@@ -23,29 +22,29 @@ def shrink(event: bytes, max_bytes: int) -> bytes | None:
     fields: dict[str, Any] = orjson.loads(event)
     parts = {name: dict(fields[name]) for name in _PARTS if isinstance(fields.get(name), dict)}
     sizes = {(part, key): len(orjson.dumps(value)) for part, values in parts.items() for key, value in values.items()}
-    cut: list[str] = []
-    largest = sorted(sizes, key=lambda place: sizes[place], reverse=True)
-    for place in largest:
-        part, key = place
-        cut.append(f"{part}.{key}")
-        shrunk = {**fields, **parts, "metadata": {**parts.get("metadata", {}), "truncated": cut}}
-        shrunk[part] = {**shrunk[part], key: _MARKER % sizes[place]}
-        room = max_bytes - len(orjson.dumps(shrunk))
-        value = parts[part][key]
-        if room > _MIN_KEPT and isinstance(value, str):
-            shrunk[part][key] = _cut(value, room) + _MARKER % sizes[place]
-        parts[part][key] = shrunk[part][key]
-        if room >= 0:
-            return orjson.dumps(shrunk)
-    return None
+    whole: dict[tuple[str, str], Any] = {}
+    for part, key in sorted(sizes, key=lambda place: sizes[place], reverse=True):
+        whole[part, key] = parts[part][key]
+        parts[part][key] = _MARKER % sizes[part, key]
+        if max_bytes >= len(_shrunk(fields, parts, whole)):
+            break
+    texts = [place for place, value in whole.items() if isinstance(value, str)]
+    for number, (part, key) in enumerate(texts):
+        # What room is left goes to the beginnings of the texts.
+        room = (max_bytes - len(_shrunk(fields, parts, whole))) // (len(texts) - number)
+        parts[part][key] = _beginning(whole[part, key], room) + parts[part][key]
+    smaller = _shrunk(fields, parts, whole)
+    return smaller if len(smaller) <= max_bytes else None
 
 
-_MARKER = "... (truncated: it was %d bytes)"
+def _shrunk(fields: dict[str, Any], parts: dict[str, dict[str, Any]], cut: dict[tuple[str, str], Any]) -> bytes:
+    metadata = {**parts.get("metadata", {}), "truncated": [f"{part}.{key}" for part, key in cut]}
+    return orjson.dumps({**fields, **parts, "metadata": metadata})
 
 
-def _cut(text: str, max_bytes: int) -> str:
-    """Return the beginning of `text` that takes at most `max_bytes` as JSON."""
-    kept = text[:max_bytes]
-    while kept and len(orjson.dumps(kept)) - 2 > max_bytes:
-        kept = kept[: len(kept) * max_bytes // (len(orjson.dumps(kept)) - 2) - 1] if len(kept) > 1 else ""
+def _beginning(text: str, max_bytes: int) -> str:
+    """Return as much of the beginning of `text` as takes at most `max_bytes` of JSON."""
+    kept = text[: max(max_bytes, 0)]
+    while kept and (size := len(orjson.dumps(kept)) - 2) > max_bytes:
+        kept = kept[: min(len(kept) * max_bytes // size, len(kept) - 1)]
     return kept

@@ -52,6 +52,13 @@ class Segment:
     offset: int = 0
     #: Unix time before which it is not to be sent.
     resume_at: float = 0.0
+    #: Whether it holds a single event that may itself be the reason why requests fail.
+    suspect: bool = False
+    #: How many requests had gone well, in all, when that event last failed; and how often it did while others passed.
+    failed_after: int = 0
+    failures: int = 0
+    #: How often it was tried in all.
+    tries: int = 0
     _file: int | None = None
 
     @classmethod

@@ -82,6 +82,8 @@ _FAULT_PAUSE_S = 1.0
 _UNLOCKED_AGE_S = 60.0
 #: A segment that cannot be read is tried again after so many seconds.
 _UNREADABLE_PAUSE_S = 10.0
+#: When more single events than this fail, it is not for what they hold.
+_MAX_SUSPECTS = 16
 #: Owners adopted at a time: the others are left to other processes, or for later.
 _MAX_ADOPTED = 16
 
@@ -168,6 +170,19 @@ class Spool:
             return False
         self._ledger.direct.append(account)
         self._bytes += len(event) + 1
+        return True
+
+    def store_suspect(self, event: Batch, failed_after: int) -> bool:
+        """Put an event aside that may be the reason why requests fail; not if there are many such already."""
+        with self._ledger.lock:
+            if sum(segment.suspect for segment in self._backlog) >= _MAX_SUSPECTS:
+                return False
+        if not self.store(event, alone=True):
+            return False
+        with self._ledger.lock:
+            for segment in self._backlog:
+                if segment.shares == event.shares:
+                    segment.suspect, segment.failed_after = True, failed_after
         return True
 
     def store(self, batch: Batch, *, alone: bool = False) -> bool:
@@ -325,16 +340,22 @@ class Spool:
             self._sending = self._fresh[0]
             return self._sending
 
-    def take_backlog(self) -> Segment | None:
-        """Return the oldest segment that was not delivered, if any."""
+    def take_backlog(self, *, probe: bool) -> Segment | None:
+        """Return the oldest segment that was not delivered, if any; as a `probe` rather one that is above suspicion."""
         with self._ledger.lock:
             if not self._backlog:
                 self._seal_parked()
-            if not self._backlog:
-                return None
             now = self._clock()
-            self._sending = next((segment for segment in self._backlog if segment.resume_at <= now), None)
+            ready = [segment for segment in self._backlog if segment.resume_at <= now]
+            if not ready or (probe and all(segment.suspect for segment in ready)):
+                self._seal_parked()
+                ready = [segment for segment in self._backlog if segment.resume_at <= now]
+            self._sending = min(ready, key=lambda segment: probe and segment.suspect, default=None)
             return self._sending
+
+    def set_aside(self, segment: Segment, wait_s: float) -> None:
+        """Let others go first for so many seconds: something is wrong with this one."""
+        segment.resume_at = self._clock() + wait_s
 
     def put_off(self, more_than: int = 0) -> None:
         """Let what is fresh wait its turn, if it is more than so many segments: for now it cannot be delivered."""
@@ -378,7 +399,7 @@ class Spool:
         except OSError as error:  # it may be readable later: too many open files, say
             with self._ledger.lock:
                 self._failed(error)
-            segment.resume_at = self._clock() + _UNREADABLE_PAUSE_S
+            self.set_aside(segment, _UNREADABLE_PAUSE_S)
             raise
         damaged: list[tuple[bytes, str]] = []
         with self._ledger.lock:
@@ -429,6 +450,9 @@ class Spool:
             for share in rest.shares:
                 share.account.park(share)
             segment.shares = (*rest.shares, *segment.shares)
+            if len(rest) and segment in self._fresh:
+                self._fresh.remove(segment)
+                self._keep(segment)
 
     def finish(self, segment: Segment) -> None:
         """Delete a segment whose events have all met their fate."""

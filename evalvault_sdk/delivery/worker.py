@@ -45,6 +45,12 @@ _MAX_HALVINGS = 64
 _SLOW_START = 64
 #: So often the spool's folder is looked at, for what ended processes left.
 _LOOK_AROUND_S = 5.0
+#: So many single events are suspected in a row; if then none has passed, the destination is at fault.
+_MAX_SUSPECTED = 3
+#: An event that was refused on the way so often while others passed will never pass.
+_MAX_FAILURES = 3
+#: A suspect waits so long for its next try, twice as long each time, and at most so long.
+_SUSPECT_WAITS_S, _SUSPECT_WAITS_AT_MOST_S = 0.25, 60.0
 #: More segments than this, freshly written by the program's threads, are a backlog.
 _MAX_FRESH = 2
 
@@ -105,6 +111,7 @@ class Worker:
         self._hand: _Hand | None = None
         self._flushes = 0
         self._backlog_events = _SLOW_START
+        self._successes = 0
         self._live_at = float("-inf")
         self._look_around_at = float("-inf")
 
@@ -356,6 +363,8 @@ class Worker:
         """Wait until there is something to do."""
         interval_s, spool = self._settings.flush_interval_s, self._spool
         wait_s = self._breaker.wait_s(ending=self._closing)
+        if not wait_s and not self._has_work():
+            wait_s = interval_s
         if self._closing:
             self._hurry.wait(min(wait_s, self._deadline - self._clock()))
         elif not self._breaker.failing:
@@ -366,6 +375,13 @@ class Worker:
             self._hurry.wait(wait_s if spool is None else min(wait_s, interval_s))
         else:
             self._wakeup.wait(min(wait_s, interval_s))
+
+    def _has_work(self) -> bool:
+        """Whether there is anything that could be sent now."""
+        spool = self._spool
+        return any(queue.account.waiting for queue in self.queues) or (
+            spool is not None and (spool.has_fresh or spool.has_backlog)
+        )
 
     def _round(self) -> None:
         """Do once what there is to do: what is new, then a batch of the backlog."""
@@ -423,18 +439,18 @@ class Worker:
     def _deliver_backlog(self) -> None:
         """Deliver one batch of the oldest segment: small at first, larger as long as that is quick."""
         assert self._spool is not None  # noqa: S101 - asked before
-        segment = self._spool.take_backlog()
+        segment = self._spool.take_backlog(probe=self._breaker.failing)
         if segment is None:
             return
         started = self._clock()
         limits = attrs.evolve(self._limits, max_events=min(self._backlog_events, self._limits.max_events))
         self._deliver_from(segment, limits)
         if self._breaker.failing:
-            self._backlog_events = _SLOW_START
+            self._backlog_events = max(self._backlog_events // 2, 1)
         elif self._clock() - started < self._settings.flush_interval_s / 2:
             self._backlog_events = min(self._backlog_events * 2, self._limits.max_events)
         else:
-            self._backlog_events = max(self._backlog_events // 2, _SLOW_START)
+            self._backlog_events = max(self._backlog_events // 2, 1)
 
     def _deliver_from(self, segment: Segment, limits: BatchLimits) -> bool:
         """Deliver the next batch of a segment; say whether there may be more in it."""
@@ -454,7 +470,12 @@ class Worker:
             return False  # somebody took it out of our hand
         spool.advance(segment, reading, rest)
         self._notices.delivered_from_spool(len(reading.batch) - len(rest))
-        return not len(rest)
+        if len(rest):
+            return False
+        if segment.offset < segment.size:
+            return True
+        spool.finish(segment)
+        return False
 
     def _put_off(self) -> None:
         """Put on disk what waits: nothing can be sent for now."""
@@ -496,13 +517,36 @@ class Worker:
             return hand.rest()
 
     def _send_all(self, hand: _Hand) -> None:
-        halvings, too_large, parts = 0, False, hand.parts
+        halvings, too_large, suspected, parts = 0, False, 0, hand.parts
+        failure: RetryLater | None = None
         while parts and self._hand is hand:
             part = self._fitting(parts[-1])
             outcome = self._send(part)
             if isinstance(outcome, RetryLater):
-                self._failed(outcome)
-                return
+                failure = outcome
+                probe = self._breaker.failing
+                if hand.segment is not None and hand.segment.suspect:
+                    refused = self._judge_suspect(hand.segment, outcome)
+                    if refused is None:
+                        return
+                    outcome = refused
+                elif outcome.blame == "request" and len(part) > 1 and not probe and halvings < _MAX_HALVINGS:
+                    halvings += 1
+                    self._replace(parts, list(part.halves())[::-1])
+                    continue
+                elif (
+                    outcome.blame != "destination"
+                    and len(part) == 1
+                    and suspected < _MAX_SUSPECTED
+                    and self._suspect(hand, part)
+                ):
+                    suspected += 1
+                    if probe:
+                        break
+                    continue
+                else:
+                    break
+            failure, suspected = None, 0
             if isinstance(outcome, TooLarge):
                 too_large = True
                 if outcome.limit_bytes is not None:
@@ -520,8 +564,44 @@ class Worker:
             else:
                 self._settle(hand, part, outcome)
                 continue
-            with self.ledger.lock:
-                parts[-1:] = smaller
+            self._replace(parts, smaller)
+        if failure is not None:
+            self._failed(failure)
+
+    def _replace(self, parts: list[Batch], smaller: list[Batch]) -> None:
+        with self.ledger.lock:
+            parts[-1:] = smaller
+
+    def _suspect(self, hand: _Hand, event: Batch) -> bool:
+        """Put a single event aside, on disk, that may be the reason why its request failed; say whether that worked."""
+        with self.ledger.lock:
+            if self._spool is None or self._hand is not hand:
+                return False
+            hand.parts.pop()
+        if self._spool.store_suspect(event, self._successes):
+            return True
+        with self.ledger.lock:
+            if self._hand is hand:
+                hand.parts.append(event)
+            else:  # time was up meanwhile
+                for share in event.shares:
+                    share.account.lose(share, "shutdown", in_flight=True)
+        return False
+
+    def _judge_suspect(self, segment: Segment, outcome: RetryLater) -> Refused | None:
+        """Say whether an event that failed again is at fault: only if others have passed since it failed before."""
+        assert self._spool is not None  # noqa: S101 - the segment is its
+        if outcome.blame == "destination" or self._breaker.failing:
+            self._failed(outcome)
+            return None
+        if self._successes > segment.failed_after:  # others have passed since
+            segment.failed_after = self._successes
+            segment.failures += 1
+            if outcome.blame == "request" and segment.failures >= _MAX_FAILURES:
+                return Refused(f"{outcome.reason}, again and again, while other events pass")
+        segment.tries += 1
+        self._spool.set_aside(segment, min(_SUSPECT_WAITS_S * 2**segment.tries, _SUSPECT_WAITS_AT_MOST_S))
+        return None
 
     def _fitting(self, part: Batch) -> Batch:
         """Return the batch, but an event that no request may hold made smaller."""
@@ -562,6 +642,7 @@ class Worker:
                 share.account.settle(share, sum(begin <= index < end for index in refused) if refused else 0)
                 begin = end
             self.ledger.settled.notify_all()
+        self._successes += isinstance(outcome, Delivered)
         if self._breaker.failing:
             self._breaker.succeeded()
             self._notices.recovered()

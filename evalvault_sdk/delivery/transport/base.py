@@ -7,7 +7,7 @@ Out:  exactly one of `Delivered`, `RetryLater`, `Refused`, `TooLarge`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 
@@ -31,6 +31,10 @@ class Delivered:
     rejected: tuple[RejectedEvent, ...] = ()
 
 
+#: What is at fault when a request fails.
+Blame = Literal["destination", "unclear", "request"]
+
+
 @attrs.frozen
 class RetryLater:
     """Nothing of the batch is known to be stored; the same request may succeed later."""
@@ -41,6 +45,8 @@ class RetryLater:
     wait_s: float | None = None
     #: What a person has to correct before it can succeed, if anything.
     advice: str | None = None
+    #: What is at fault: the destination, or the request, as something on the way refuses what it holds.
+    blame: Blame = "destination"
 
 
 @attrs.frozen

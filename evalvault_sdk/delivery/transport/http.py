@@ -198,14 +198,17 @@ def outcome_of(status: int, headers: Mapping[str, str], answer: bytes, sent: int
         limit = _object(answer).get("limit_bytes")
         return TooLarge(limit if isinstance(limit, int) and limit > 0 else None)
     if status in _RETRYABLE or status >= 500:
-        return RetryLater(f"HTTP {status}", wait_s=retry_after_s(headers.get("Retry-After"), time.time()))
+        wait_s = retry_after_s(headers.get("Retry-After"), time.time())
+        return RetryLater(f"HTTP {status}", wait_s=wait_s, blame="unclear" if status == 500 else "destination")
     if 300 <= status < 400:
         return RetryLater(
             f"HTTP {status}, a redirect",
             advice="check EVALVAULT_API_URL (https instead of http? another path?): redirects are not followed",
         )
     if status in _ADVICE:
-        return RetryLater(f"HTTP {status}", advice=_ADVICE[status])
+        return RetryLater(
+            f"HTTP {status}", advice=_ADVICE[status], blame="destination" if status in (401, 407) else "request"
+        )
     if status == 422:
         verdict = _verdict(answer, sent)
         if verdict is not None:
@@ -215,6 +218,7 @@ def outcome_of(status: int, headers: Mapping[str, str], answer: bytes, sent: int
         return RetryLater(
             f"HTTP {status} from something that is not EvalVault",
             advice="check EVALVAULT_API_URL, and whether a proxy answers instead",
+            blame="request",
         )
     return Refused(f"{problem['error']}: {problem['details']}")
 
