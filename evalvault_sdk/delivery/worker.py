@@ -112,6 +112,7 @@ class Worker:
         self._flushes = 0
         self._backlog_events = _SLOW_START
         self._successes = 0
+        self._suspicious = False  # whether the last failure may be for what the request held
         self._live_at = float("-inf")
         self._look_around_at = float("-inf")
 
@@ -446,7 +447,7 @@ class Worker:
         limits = attrs.evolve(self._limits, max_events=min(self._backlog_events, self._limits.max_events))
         self._deliver_from(segment, limits)
         if self._breaker.failing:
-            self._backlog_events = max(self._backlog_events // 2, 1)
+            self._backlog_events = max(self._backlog_events // 2, 1 if self._suspicious else _SLOW_START)
         elif self._clock() - started < self._settings.flush_interval_s / 2:
             self._backlog_events = min(self._backlog_events * 2, self._limits.max_events)
         else:
@@ -650,6 +651,7 @@ class Worker:
             self._notices.rejected(len(refused), next(iter(refused.values())), kept=kept)
 
     def _failed(self, outcome: RetryLater) -> None:
+        self._suspicious = outcome.blame != "destination"
         self._breaker.failed(outcome, urgent=self._closing or self._flushes > 0)
         if not self._abandoned:
             self._notices.failed(outcome, is_outage=self._breaker.open, since=self._breaker.failing_since)
