@@ -505,8 +505,14 @@ class Spool:
         if lock is None:
             if not has_lock and not all(_age_s(entry, self._clock()) > _UNLOCKED_AGE_S for entry in entries):
                 return
-            lock, free = self._take_lock(owner, make=not has_lock)
-            if lock is None or not free:
+            try:
+                lock, free = self._take_lock(owner, make=not has_lock)
+            except OSError:  # not now: too many open files, say
+                return
+            if lock is None:
+                return
+            if not free:
+                os.close(lock)
                 return
             self._adopted[owner] = lock
             # What was listed before may be gone: whoever had the lock may just have delivered it.
