@@ -104,14 +104,15 @@ class Segment:
             while True:
                 data = _read(file, want, self.offset)
                 at_end = self.offset + len(data) >= size
-                cut = len(data) if at_end else data.rfind(b"\n") + 1
-                if cut or want >= _MAX_LINE_BYTES:
-                    break
+                lines = self._lines(data if at_end else data[: data.rfind(b"\n") + 1], max_lines, at_end=at_end)
+                if lines or at_end:
+                    return lines
+                if want >= _MAX_LINE_BYTES:
+                    return [Line(data, self.offset + len(data), sound=False)]
                 want *= 4  # a single line is longer
         finally:
             if file != self._file:
                 os.close(file)
-        return self._lines(data[: cut or len(data)], max_lines, at_end=at_end)
 
     def _lines(self, data: bytes, max_lines: int, *, at_end: bool) -> list[Line]:
         lines: list[Line] = []

@@ -609,7 +609,7 @@ class Spool:
             lines = segment.read(1 << 30, 1 << 30)
             if lines and (copy := self._new_segment(segment.size)) is not None:
                 copy.append(b"".join(line.text + b"\n" for line in lines))
-                copy.close()
+                self._backlog.append(copy)
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone: they are its own to deliver. Closing our copies frees no lock of its."""
