@@ -18,8 +18,14 @@ from typing import Any
 import orjson
 import requests
 
-from evalvault_sdk.delivery.batch import Batch
-from evalvault_sdk.delivery.transport import Delivered, Outcome
+from evalvault_sdk import Settings
+from evalvault_sdk.delivery.account import Ledger
+from evalvault_sdk.delivery.batch import Batch, BatchLimits
+from evalvault_sdk.delivery.courier import Courier
+from evalvault_sdk.delivery.notices import Notices
+from evalvault_sdk.delivery.queue import EventQueue
+from evalvault_sdk.delivery.spool import Spool
+from evalvault_sdk.delivery.transport import Delivered, Outcome, Transport
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parent / "data"
@@ -142,6 +148,19 @@ class ListSink:
     @property
     def events(self) -> list[dict[str, Any]]:
         return [orjson.loads(event) for event in self.put_events]
+
+
+def take_all(queue: EventQueue, limits: BatchLimits | None = None) -> Batch:
+    """Take what waits, as the courier does, and keep it."""
+    hand = a_courier(queue._ledger).take([queue], limits or BatchLimits())
+    return Batch(()) if hand is None else hand.rest()
+
+
+def a_courier(ledger: Ledger, spool: Spool | None = None, transport: Transport | None = None) -> Courier:
+    settings = Settings(run_id="r")
+    transport = transport or MemoryTransport()
+    notices = Notices("memory", ledger, settings, spool, time.monotonic)
+    return Courier(transport, settings, ledger, spool, notices)
 
 
 def balances(stats: Any) -> bool:

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,9 @@ def handle_sigterm() -> None:
         warn("SIGTERM can be handled from the main thread only: make the tracer with handle_sigterm there")
         return
     current = signal.getsignal(signal.SIGTERM)
-    if current is not _on_sigterm:
+    if current is None:
+        warn("SIGTERM is handled by something that is not Python, and is left to it: call shutdown() from there")
+    elif current is not _on_sigterm:
         _before = current
         signal.signal(signal.SIGTERM, _on_sigterm)
 
@@ -86,9 +89,11 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if callable(_before):
         # The program will end in its own way and time, and record more until then. How it ends is not for us to
         # know, so from here on nothing is in memory alone.
-        for worker in list(_running):
+        workers = list(_running)
+        until = time.monotonic() + max((worker.shutdown_timeout_s for worker in workers), default=0.0)
+        for worker in workers:
             with contextlib.suppress(Exception):
-                worker.brace()
+                worker.brace(until)
         _before(number, frame)
     elif _before == signal.SIG_DFL:
         _end_all()

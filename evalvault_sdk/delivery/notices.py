@@ -9,7 +9,6 @@ Worker's thread, or that of whoever ends it. A callback that raises, or a loggin
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,7 +27,9 @@ State = Literal["delivering", "outage"]
 #: An outage whose backlog takes longer to deliver than this is said to be over before it is.
 _TELL_RECOVERY_S = 60.0
 #: So long the end waits for another thread that is saying what was lost.
-_TELL_WAIT_S = 0.5
+_TELL_WAIT_S = 0.05
+#: So long it waits for what is said last.
+_TELL_END_S = 0.3
 #: The recorder says these, with their cause.
 _TOLD_BY_RECORDER: frozenset[DropReason] = frozenset({"invalid", "internal_error"})
 
@@ -177,6 +178,18 @@ class Notices:
 
     def tell_end(self, left: int) -> None:
         """Say what there is to say before the end; `left` events are on disk."""
+        if not (left or self._outage or self._ledger.lost or (self._spool is not None and self._spool.fault)):
+            return
+        # A logging handler or a callback may take its time, over a network perhaps; the end does not.
+        thread = threading.Thread(target=self._tell_end, args=(left,), name="evalvault-notices", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is ending, and starts no more threads
+            self._tell_end(left)
+        else:
+            thread.join(_TELL_END_S)
+
+    def _tell_end(self, left: int) -> None:
         self.tell_losses(at_once=True)
         self.tell_recovery(at_once=True)
         if left and self._spool is not None:
@@ -189,6 +202,11 @@ class Notices:
 
     @staticmethod
     def _call(callback: Callable[..., Any] | None, *values: object) -> None:
-        if callback is not None:
-            with contextlib.suppress(Exception):
-                callback(*values)
+        if callback is None:
+            return
+        try:
+            callback(*values)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001,S110 - not even sys.exit in a callback may end delivery
+            pass

@@ -27,7 +27,7 @@ from evalvault_sdk.delivery.transport.http import HttpTransport
 from evalvault_sdk.delivery.transport.store import StoreTransport
 from evalvault_sdk.delivery.worker import Worker
 
-# Reentrant: a tracer may be collected, and so let go of its worker, while its thread makes another.
+# Reentrant: a finalizer may shut a tracer down while its thread makes another. Whoever holds it takes no other lock.
 _sharing = threading.RLock()
 _shared: dict[Hashable, Worker] = {}
 
@@ -35,19 +35,30 @@ _shared: dict[Hashable, Worker] = {}
 def open_outbox(settings: Settings, transport: Transport | None = None) -> Outbox:
     """Return a new outbox; one with a transport of its own shares nothing."""
     if transport is not None:
-        worker = Worker(transport, settings)
+        worker = Worker(transport, settings, on_unused=_retire)
         outbox = Outbox(worker, worker.open_queue(), settings)
     else:
         key = _key(settings)
         with _sharing:
-            shared = _shared.get(key)
-            if shared is None or shared.closing:
-                shared = _shared[key] = Worker(_transport_for(settings), settings)
-            worker = shared
-            outbox = Outbox(worker, worker.open_queue(), settings)
+            for other, shared in list(_shared.items()):
+                if shared.closing or (shared.unused and not shared.is_alive):
+                    _shared.pop(other, None)
+            while True:
+                worker = _shared.setdefault(key, Worker(_transport_for(settings), settings, on_unused=_retire))
+                outbox = Outbox(worker, worker.open_queue(), settings)
+                if not worker.closing:  # as it may be, if a finalizer has just shut down the last of its tracers
+                    break
+                _shared.pop(key, None)
     if settings.enabled:
         worker.adopt_orphans()
     return outbox
+
+
+def _retire(worker: Worker) -> None:
+    """Close a worker that no tracer uses any more. Called by its own thread."""
+    with _sharing:
+        if worker.unused:
+            worker.close()
 
 
 @attrs.define(eq=False)
@@ -70,24 +81,19 @@ class Outbox:
 
     def shutdown(self, timeout_s: float | None = None) -> FlushReport:
         """Take no more events, deliver those taken; put on disk what is left after `timeout_s` seconds."""
-        self._release(timeout_s, wait=True)
-        account = self.queue.account
-        return account.report(in_time=not account.pending and not account.dropped.get("shutdown"))
-
-    def close(self) -> None:
-        """Take no more events, and leave it to the thread to deliver those taken."""
-        self._release(None, wait=False)
-
-    def _release(self, timeout_s: float | None, *, wait: bool) -> None:
         if timeout_s is None:
             timeout_s = self._settings.shutdown_timeout_s
-        with _sharing:
-            # From here on nobody joins a worker that is about to end.
-            last = self.worker.leave(self.queue, timeout_s)
-            for key in [key for key, worker in _shared.items() if worker is self.worker and worker.closing]:
-                del _shared[key]
-        if wait:
-            self.worker.see_off(self.queue, timeout_s, last=last)
+        with _sharing:  # from here on nobody joins a worker that is about to end
+            self.worker.leave(self.queue, timeout_s)
+        self.worker.see_off(self.queue, timeout_s)
+        account = self.queue.account
+        with self.worker.ledger.lock:
+            return account.report(in_time=not account.pending and not account.dropped.get("shutdown"))
+
+    def close(self) -> None:
+        """Take no more events, and leave it to the thread to deliver those taken, and to end. Takes no lock."""
+        self.queue.close()
+        self.worker.speed_up()
 
     def stats(self) -> Stats:
         """Return what became of all events recorded so far."""
@@ -105,9 +111,13 @@ def _transport_for(settings: Settings) -> Transport:
 def _key(settings: Settings) -> Hashable:
     """Return what two settings have in common that may share a worker."""
     values: dict[str, Any] = attrs.asdict(settings, recurse=False, filter=lambda field, _: field.name != "run_id")
-    return tuple(
-        (name, tuple(sorted(value.items())) if isinstance(value, Mapping) else value) for name, value in values.items()
-    )
+    return tuple((name, _hashable(value)) for name, value in values.items())
+
+
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    return id(value) if callable(value) else value  # the settings keep a callback, and so its id
 
 
 def _after_fork_in_child() -> None:

@@ -2,7 +2,7 @@
 Hold encoded events between the program's threads and the worker.
 
 In:   `put`, from any thread of the program: an append under a lock held for a moment.
-Out:  `take`, from the worker: the oldest events, as a batch that it then owns.
+Out:  `account.waiting`, from which the courier takes the oldest.
 
 Bounded in events and in bytes; what happens to an event that does not fit is the `QueuePolicy`. The worker
 sleeps on `wakeup` and is woken when a batch is full; otherwise it comes by itself once per flush interval, so
@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import attrs
 
-from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Share
-from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
+from evalvault_sdk.delivery.account import Account, DropReason, Ledger
 
 #: What becomes of an event for which the queue has no room: it goes to disk; the oldest one makes room; it is
 #: lost; its thread waits for room.
 QueuePolicy = Literal["spool", "drop_oldest", "drop_newest", "block"]
-
-#: So many events are taken at once under the lock: more would hold up the program's threads.
-_AT_ONCE = 256
 
 
 class Wakeup:
@@ -192,25 +188,3 @@ class EventQueue:
     def close(self) -> None:
         """From now on count every put as dropped (`closed`)."""
         self.closed = True
-
-
-def take(queues: Iterable[EventQueue], limits: BatchLimits, ledger: Ledger) -> Batch:
-    """Move the oldest events of `queues` from queued to in flight and return them: none, if there are none."""
-    taken: list[bytes] = []
-    shares: list[Share] = []
-    size = ENVELOPE_BYTES
-    for queue in queues:
-        account = queue.account
-        while True:
-            with ledger.lock:
-                before = len(taken)
-                size = limits.take_from(account.waiting, taken, size, _AT_ONCE)
-                new = taken[before:]
-                if new:
-                    shares.append(account.take(len(new)))
-                    # What an interrupt between two lines of `put` may have left over ends with the last event.
-                    account.waiting_bytes = account.waiting_bytes - sum(map(len, new)) if account.waiting else 0
-                    ledger.settled.notify_all()
-            if len(new) < _AT_ONCE:
-                break
-    return Batch(tuple(taken), tuple(shares))

@@ -50,6 +50,8 @@ class Segment:
     shares: tuple[Share, ...] = ()
     #: So far its events have met their fate.
     offset: int = 0
+    #: Whether a thread is writing to it, without a lock: then no other may close or delete it.
+    busy: bool = False
     #: Unix time before which it is not to be sent.
     resume_at: float = 0.0
     #: Whether it holds a single event that may itself be the reason why requests fail.
@@ -134,12 +136,19 @@ class Segment:
         if file is not None:
             os.close(file)
 
-    def delete(self) -> None:
-        """Remove the file; it may be gone already."""
+    def delete(self) -> bool:
+        """Remove the file, or if it cannot be, empty it; say whether it is gone."""
         with contextlib.suppress(OSError):
             self.close()
-        with contextlib.suppress(OSError):
+        try:
             os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, 0)
+            return False
+        return True
 
 
 def _read(file: int, count: int, offset: int) -> bytes:

@@ -49,10 +49,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
+import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +84,10 @@ _FAULT_PAUSE_S = 1.0
 _UNLOCKED_AGE_S = 60.0
 #: A segment that cannot be read is tried again after so many seconds.
 _UNREADABLE_PAUSE_S = 10.0
+#: Another process that looks around may take a lock file in the instant before it is locked.
+_BEGINNINGS = 3
+#: A lock file without segments is removed when it is so many seconds old: its owner may just be beginning.
+_EMPTY_LOCK_AGE_S = 10.0
 #: When more single events than this fail, it is not for what they hold.
 _MAX_SUSPECTS = 16
 #: Owners adopted at a time: the others are left to other processes, or for later.
@@ -95,8 +101,6 @@ class Reading:
     batch: Batch
     #: For each event, where the segment goes on after it.
     ends: tuple[int, ...]
-    #: Where it goes on after all that was read.
-    end: int
 
 
 class Spool:
@@ -126,7 +130,7 @@ class Spool:
         self._max_age_s = max_age_s
         self._policy = policy
         self._clock = clock
-        self._segment_bytes = max(1, min(_SEGMENT_BYTES, max_bytes // 8))
+        self.segment_bytes = max(1, min(_SEGMENT_BYTES, max_bytes // 8))
         self.dead_letter = DeadLetter(self.folder, destination, max_bytes=max(1 << 16, max_bytes // 16))
         self._start_over()
 
@@ -141,6 +145,10 @@ class Spool:
         self._parked: Segment | None = None  # the worker appends to it
         self._parked_shares: list[Share] = []
         self._sending: Segment | None = None
+        self._closed = False
+        #: Segments that are done with and could not be deleted.
+        self._undeletable: set[str] = set()
+        self._damaged: list[tuple[bytes, str]] = []
         self._number = 0
         self._last_ms = 0
         self._bytes = 0
@@ -157,7 +165,7 @@ class Spool:
     def append(self, event: bytes, account: Account) -> bool:
         """Write an event of the program's own thread; say whether it is on disk. The ledger's lock is held."""
         segment = self._direct
-        if segment is None or segment.size >= self._segment_bytes:
+        if segment is None or segment.size >= self.segment_bytes:
             self._seal_direct()
             segment = self._direct = self._new_segment(len(event) + 1)
             if segment is None:
@@ -172,12 +180,12 @@ class Spool:
         self._bytes += len(event) + 1
         return True
 
-    def store_suspect(self, event: Batch, failed_after: int) -> bool:
+    def store_suspect(self, event: Batch, failed_after: int, claim: Callable[[], bool]) -> bool:
         """Put an event aside that may be the reason why requests fail; not if there are many such already."""
         with self._ledger.lock:
             if sum(segment.suspect for segment in self._backlog) >= _MAX_SUSPECTS:
                 return False
-        if not self.store(event, alone=True):
+        if not self.store(event, claim, alone=True):
             return False
         with self._ledger.lock:
             for segment in self._backlog:
@@ -185,51 +193,70 @@ class Spool:
                     segment.suspect, segment.failed_after = True, failed_after
         return True
 
-    def store(self, batch: Batch, *, alone: bool = False) -> bool:
+    def store(self, batch: Batch, claim: Callable[[], bool], *, alone: bool = False) -> bool:
         """
-        Write a batch in flight, and count it as spooled; say whether it is on disk: all of it, or nothing.
+        Write a batch in flight; say whether it is on disk: all of it, or nothing.
 
-        `alone`: into a segment of its own, for a thread other than the worker's.
+        `claim` is asked, with the ledger's lock held, whether the events are still the caller's; only then they are
+        counted as spooled. `alone`: into a segment of its own, for a thread other than the worker's, and whatever
+        the disk did a moment ago.
         """
         lines = b"\n".join(batch.events) + b"\n"
         with self._ledger.lock:
             segment = None if alone else self._parked
-            if segment is not None and (segment.size >= self._segment_bytes or not segment.is_there):
+            if segment is not None and (segment.size >= self.segment_bytes or not segment.is_there):
                 self._seal_parked()
                 segment = None
             if segment is None:
-                segment = self._new_segment(len(lines))
+                segment = self._new_segment(len(lines), at_any_rate=alone)
                 if segment is None:
                     return False
                 if not alone:
                     self._parked = segment
+            segment.busy = True  # from here on nobody else may close or delete it
         try:
             segment.append(lines)
         except OSError as error:
             with self._ledger.lock:
+                segment.busy = False
                 self._failed(error)
-                if alone:
-                    segment.delete()
+                if alone or self._parked is not segment:
+                    self._abandon(segment)
                 else:
                     self._seal_parked()
             return False
         with self._ledger.lock:
+            segment.busy = False
             self._bytes += len(lines)
-            for share in batch.shares:
-                share.account.park(share)
-            if alone:
-                segment.shares = batch.shares
-                self._keep(segment)
+            shares = batch.shares
+            if claim():
+                for share in shares:
+                    share.account.park(share)
+            else:  # somebody has written them elsewhere meanwhile: these will be delivered a second time
+                shares = (self._ledger.inherited.seal(len(batch)),)
+            if self._parked is segment:
+                self._parked_shares += shares
             else:
-                self._parked_shares += batch.shares
+                segment.shares = (*segment.shares, *shares)
+                if self._closed:
+                    self._abandon(segment)
+                else:
+                    self._keep(segment)
         return True
 
-    def _new_segment(self, size: int) -> Segment | None:
+    def _abandon(self, segment: Segment) -> None:
+        """Leave a file as it is, for whoever adopts it."""
+        with contextlib.suppress(OSError):
+            segment.close()
+        if not segment.size:
+            segment.delete()
+
+    def _new_segment(self, size: int, *, at_any_rate: bool = False) -> Segment | None:
         """Return an empty segment that is ours, or None if there is no room or the disk does not work."""
         now = self._clock()
-        if 0 <= now - self._failed_at < _FAULT_PAUSE_S:
+        if self._closed or (not at_any_rate and 0 <= now - self._failed_at < _FAULT_PAUSE_S):
             return None
-        self.full = not self._make_room(max(size, self._segment_bytes))
+        self.full = not self._make_room(max(size, self.segment_bytes))
         if self.full:
             return None
         try:
@@ -254,15 +281,17 @@ class Spool:
     def _begin(self) -> None:
         """Become an owner: make the folder and a lock of our own."""
         make_folder(self.folder, self._destination)
-        owner = os.urandom(8).hex()
-        lock, _ = self._take_lock(owner, make=True)
-        if lock is None:
-            raise BlockingIOError("the lock file could not be locked")
-        self._owner, self._lock = owner, lock
+        for _ in range(_BEGINNINGS):
+            owner = os.urandom(8).hex()
+            lock, _locked = self._take_lock(owner, make=True)
+            if lock is not None:
+                self._owner, self._lock = owner, lock
+                return
+        raise BlockingIOError(errno.EWOULDBLOCK, "the lock file could not be locked")
 
     def _failed(self, error: OSError) -> None:
         self._failed_at = self._clock()
-        self.fault = f"{type(error).__name__}: {error.strerror or error}"
+        self.fault = _described(error)
 
     # -- bounds -------------------------------------------------------------------------------------
 
@@ -270,11 +299,13 @@ class Spool:
         if self._bytes + size <= self._max_bytes:
             return True
         if self._policy == "drop_oldest":
-            for segment in [*self._backlog, *self._fresh]:
-                if segment is not self._sending:
-                    self._discard(segment, "spool_full")
-                    if self._bytes + size <= self._max_bytes:
-                        return True
+            ours = [segment for segment in (*self._backlog, *self._fresh) if segment is not self._sending]
+            if self._bytes - sum(segment.size for segment in ours) + size > self._max_bytes:
+                return False  # to give up all of them would not help
+            for segment in ours:
+                self._discard(segment, "spool_full")
+                if self._bytes + size <= self._max_bytes:
+                    return True
         return False
 
     def _discard(self, segment: Segment, reason: DropReason) -> None:
@@ -296,7 +327,8 @@ class Spool:
             if segment in segments:
                 segments.remove(segment)
         self._bytes = max(0, self._bytes - segment.size)
-        segment.delete()
+        if not segment.delete():
+            self._undeletable.add(segment.path)
 
     # -- delivering ---------------------------------------------------------------------------------
 
@@ -321,6 +353,8 @@ class Spool:
         segment, self._parked = self._parked, None
         if segment is not None:
             segment.shares, self._parked_shares = tuple(self._parked_shares), []
+            if segment.busy:
+                return  # whoever is writing to it will see
             if segment.size:
                 self._keep(segment)
             else:
@@ -343,24 +377,27 @@ class Spool:
     def take_backlog(self, *, probe: bool) -> Segment | None:
         """Return the oldest segment that was not delivered, if any; as a `probe` rather one that is above suspicion."""
         with self._ledger.lock:
-            if not self._backlog:
-                self._seal_parked()
-            now = self._clock()
-            ready = [segment for segment in self._backlog if segment.resume_at <= now]
+            ready = self._ready()
             if not ready or (probe and all(segment.suspect for segment in ready)):
                 self._seal_parked()
-                ready = [segment for segment in self._backlog if segment.resume_at <= now]
+                if probe:
+                    self.put_off(seal=True)
+                ready = self._ready()
             self._sending = min(ready, key=lambda segment: probe and segment.suspect, default=None)
             return self._sending
+
+    def _ready(self) -> list[Segment]:
+        now = self._clock()
+        return [segment for segment in self._backlog if segment.resume_at <= now]
 
     def set_aside(self, segment: Segment, wait_s: float) -> None:
         """Let others go first for so many seconds: something is wrong with this one."""
         segment.resume_at = self._clock() + wait_s
 
-    def put_off(self, more_than: int = 0) -> None:
+    def put_off(self, more_than: int = 0, *, seal: bool = False) -> None:
         """Let what is fresh wait its turn, if it is more than so many segments: for now it cannot be delivered."""
         with self._ledger.lock:
-            if not more_than:
+            if seal:
                 self._seal_direct()
             if len(self._fresh) > more_than:
                 fresh, self._fresh = self._fresh, []
@@ -375,77 +412,72 @@ class Spool:
     @property
     def has_backlog(self) -> bool:
         """Whether anything waits its turn that can be delivered now."""
-        now = self._clock()
-        return self._parked is not None or any(segment.resume_at <= now for segment in self._backlog)
+        with self._ledger.lock:
+            return self._parked is not None or bool(self._ready())
 
     @property
     def usable(self) -> bool:
         """Whether it is worth a try to write now."""
         return not self.full and not 0 <= self._clock() - self._failed_at < _FAULT_PAUSE_S
 
-    def read(self, segment: Segment, limits: BatchLimits) -> Reading | None:
+    def read(self, segment: Segment, limits: BatchLimits) -> list[Line]:
         """
-        Return the next events of a segment, counted as in flight; None if there are none left.
+        Return the next lines of a segment; none if there are none left. Then it is to be finished.
 
-        Damaged lines are put into the dead letter and counted on the way. Raises `OSError` when it cannot be
-        read for now.
+        Raises `OSError` when it cannot be read for now.
         """
         try:
             lines = segment.read(limits.max_events, max(1, limits.max_bytes - ENVELOPE_BYTES))
         except FileNotFoundError:  # somebody removed it
             with self._ledger.lock:
                 self._discard(segment, "damaged")
-            return None
+            return []
         except OSError as error:  # it may be readable later: too many open files, say
-            with self._ledger.lock:
-                self._failed(error)
+            self.fault = _described(error)
             self.set_aside(segment, _UNREADABLE_PAUSE_S)
             raise
-        damaged: list[tuple[bytes, str]] = []
-        with self._ledger.lock:
-            batch, ends = self._claim(segment, lines, damaged)
-            if not lines:
+        if not lines:
+            with self._ledger.lock:
                 for share in segment.shares:  # the file is shorter than what was written to it
                     share.account.lose(share, "damaged", in_flight=False)
                 segment.shares = ()
-        if damaged:
-            self.dead_letter.add(damaged, damaged=True)
-        return Reading(batch, ends, lines[-1].end) if lines else None
+        return lines
 
-    def _claim(
-        self, segment: Segment, lines: list[Line], damaged: list[tuple[bytes, str]]
-    ) -> tuple[Batch, tuple[int, ...]]:
-        """Say whose each line is, and count it as in flight; damaged ones as lost, once."""
-        inherited = self._ledger.inherited
+    def claim(self, segment: Segment, lines: list[Line]) -> Reading:
+        """
+        Say whose the lines just read are, and count them as in flight. The ledger's lock is held.
+
+        Damaged lines before the first event are counted as lost, and left behind for good; a reading ends before
+        the next damaged one.
+        """
         known = sum(share.count for share in segment.shares)
         if known < len(lines):
-            segment.shares = (*segment.shares, inherited.seal(len(lines) - known))
-        events: list[bytes] = []
-        shares: list[Share] = []
-        ends: list[int] = []
-        rest = segment.shares
-        for run in _runs(lines):
-            first, rest = split_shares(rest, len(run))
-            if run[0].sound:
-                for share in first:
-                    share.account.pick_up(share)
-                shares += first
-                events += [line.text for line in run]
-                ends += [line.end for line in run]
-                continue
-            for share in first:
+            segment.shares = (*segment.shares, self._ledger.inherited.seal(len(lines) - known))
+        damaged = list(itertools.takewhile(lambda line: not line.sound, lines))
+        if damaged:
+            lost, segment.shares = split_shares(segment.shares, len(damaged))
+            for share in lost:
                 share.account.lose(share, "damaged", in_flight=False)
-            damaged += [(line.text, "it is no JSON object: the file was damaged") for line in run]
-        segment.shares = rest
-        return Batch(tuple(events), tuple(shares)), tuple(ends)
+            segment.offset = damaged[-1].end
+            self._damaged += [(line.text, "it is no JSON object: the file was damaged") for line in damaged]
+            self._ledger.settled.notify_all()
+        sound = list(itertools.takewhile(lambda line: line.sound, lines[len(damaged) :]))
+        shares, segment.shares = split_shares(segment.shares, len(sound))
+        for share in shares:
+            share.account.pick_up(share)
+        return Reading(Batch(tuple(line.text for line in sound), shares), tuple(line.end for line in sound))
+
+    def bury_damaged(self) -> None:
+        """Put the damaged lines that were met into the dead letter."""
+        damaged, self._damaged = self._damaged, []
+        if damaged:
+            self.dead_letter.add(damaged, damaged=True)
 
     def advance(self, segment: Segment, reading: Reading, rest: Batch) -> None:
         """Take note that all of a reading has met its fate but for `rest`, which stays."""
         with self._ledger.lock:
             settled = len(reading.batch) - len(rest)
-            if not len(rest):
-                segment.offset = reading.end
-            elif settled:
+            if settled:
                 segment.offset = reading.ends[settled - 1]
             for share in rest.shares:
                 share.account.park(share)
@@ -503,7 +535,12 @@ class Spool:
     def _adopt(self, owner: str, entries: list[os.DirEntry[str]], *, has_lock: bool) -> None:
         lock = self._adopted.get(owner)
         if lock is None:
-            if not has_lock and not all(_age_s(entry, self._clock()) > _UNLOCKED_AGE_S for entry in entries):
+            now = self._clock()
+            if not self.locks_work:
+                return
+            if not has_lock and not all(_age_s(entry.path, now) > _UNLOCKED_AGE_S for entry in entries):
+                return
+            if not entries and _age_s(self._lock_path(owner), now) < _EMPTY_LOCK_AGE_S:
                 return
             try:
                 lock, free = self._take_lock(owner, make=not has_lock)
@@ -520,7 +557,7 @@ class Spool:
         known = {segment.path for segment in self._backlog}
         for entry in entries:
             match = SEGMENT_NAME.fullmatch(entry.name)
-            if match and entry.path not in known:
+            if match and entry.path not in known and entry.path not in self._undeletable:
                 with contextlib.suppress(OSError):
                     size = entry.stat(follow_symlinks=False).st_size
                     segment = Segment(entry.path, int(match["created"]), owner, size)
@@ -583,17 +620,18 @@ class Spool:
     # -- the end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave what is here to the next process of this destination."""
+        """Leave what is here to the next process of this destination. From now on nothing is written."""
         with self._ledger.lock:
+            busy = self._parked is not None and self._parked.busy
             self._seal_direct()
             self._seal_parked()
             for segment in [*self._fresh, *self._backlog]:
-                if not segment.is_there:
-                    self._write_again(segment)
+                if not segment.is_there and not self._write_again(segment):
+                    self._discard(segment, "damaged")
                 with contextlib.suppress(OSError):
                     segment.close()
             if self._lock is not None and self._owner is not None:
-                if any(segment.owner == self._owner for segment in (*self._fresh, *self._backlog)):
+                if busy or any(segment.owner == self._owner for segment in (*self._fresh, *self._backlog)):
                     with contextlib.suppress(OSError):
                         os.close(self._lock)  # lets go of the lock; the file is for the adopter
                 else:
@@ -601,15 +639,22 @@ class Spool:
             for lock in self._adopted.values():
                 with contextlib.suppress(OSError):
                     os.close(lock)
+            fault = self.fault
             self._start_over()
+            self._closed, self.fault = True, fault
 
-    def _write_again(self, segment: Segment) -> None:
-        """Somebody removed the file: save what can still be read of it, as long as it is open."""
-        with contextlib.suppress(OSError):
+    def _write_again(self, segment: Segment) -> bool:
+        """Somebody removed the file: save what can still be read of it, as long as it is open; say whether it is."""
+        try:
             lines = segment.read(1 << 30, 1 << 30)
-            if lines and (copy := self._new_segment(segment.size)) is not None:
-                copy.append(b"".join(line.text + b"\n" for line in lines))
-                self._backlog.append(copy)
+            copy = self._new_segment(segment.size, at_any_rate=True) if lines else None
+            if copy is None:
+                return not lines
+            copy.append(b"".join(line.text + b"\n" for line in lines))
+        except OSError:
+            return False
+        self._backlog.append(copy)
+        return True
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone: they are its own to deliver. Closing our copies frees no lock of its."""
@@ -626,22 +671,14 @@ class Spool:
         self._start_over()
 
 
+def _described(error: OSError) -> str:
+    return f"{type(error).__name__}: {error.strerror or error}"
+
+
 def _finish_writing(segment: Segment) -> None:
     if segment.is_there:  # if somebody removed it, the open file is all there is
         with contextlib.suppress(OSError):
             segment.close()
-
-
-def _runs(lines: list[Line]) -> Iterable[list[Line]]:
-    """Return consecutive lines that are all sound or all damaged."""
-    run: list[Line] = []
-    for line in lines:
-        if run and run[0].sound != line.sound:
-            yield run
-            run = []
-        run.append(line)
-    if run:
-        yield run
 
 
 def _count_lines(segment: Segment) -> int:
@@ -653,9 +690,9 @@ def _count_lines(segment: Segment) -> int:
     return count
 
 
-def _age_s(entry: os.DirEntry[str], now: float) -> float:
+def _age_s(path: str, now: float) -> float:
     try:
-        return now - entry.stat(follow_symlinks=False).st_mtime
+        return now - os.stat(path, follow_symlinks=False).st_mtime
     except OSError:
         return 0.0
 

@@ -134,7 +134,7 @@ def test_success_from_what_is_not_evalvault_is_no_delivery(
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
 def test_what_may_pass_is_tried_again_later(http: responses.RequestsMock, status: int) -> None:
     http.post(URL, status=status, headers={"Retry-After": "7"})
-    assert send() == RetryLater(f"HTTP {status}", wait_s=7.0)
+    assert send() == RetryLater(f"HTTP {status}", wait_s=7.0, blame="unclear" if status == 500 else "destination")
 
 
 @pytest.mark.parametrize("status", [301, 307, 401, 403, 404, 405])

@@ -12,8 +12,8 @@ import pytest
 
 from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
-from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, QueuePolicy, Wakeup, take
-from tests.support import balances
+from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, QueuePolicy, Wakeup
+from tests.support import a_courier, balances, take_all
 
 
 def make_queue(
@@ -24,7 +24,7 @@ def make_queue(
 
 
 def take_from(queue: EventQueue, **limits: int) -> Batch:
-    return take([queue], BatchLimits(**limits), queue._ledger)
+    return take_all(queue, BatchLimits(**limits))
 
 
 def put_back(queue: EventQueue, batch: Batch) -> None:
@@ -269,7 +269,9 @@ def test_events_of_several_queues_go_into_one_batch_and_each_account_has_its_own
     for number, queue in enumerate(queues):
         for _ in range(number * 300):
             queue.put(b"%d" % number)
-    batch = take(queues, BatchLimits(max_events=500), ledger)
+    hand = a_courier(ledger).take(queues, BatchLimits(max_events=500))
+    assert hand is not None
+    batch = hand.rest()
     assert batch.events == (b"1",) * 300 + (b"2",) * 200
     assert [(queue.account.in_flight, len(queue.account.waiting)) for queue in queues] == [(0, 0), (300, 0), (200, 400)]
     first, rest = batch.split(350)

@@ -22,10 +22,10 @@ from evalvault_sdk.delivery import spool as spool_module
 from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import Batch, BatchLimits
 from evalvault_sdk.delivery.folder import default_root, folder_of
-from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, take
+from evalvault_sdk.delivery.queue import EventQueue, QueueLimits
 from evalvault_sdk.delivery.spool import Spool
 from evalvault_sdk.events import StageEvent
-from tests.support import balances, clean_environment
+from tests.support import balances, clean_environment, take_all
 
 URL = "http://localhost:8000/api/stage/events"
 
@@ -41,8 +41,8 @@ class Life:
     def store(self, *events: dict[str, Any]) -> bool:
         for event in events:
             self.queue.put(orjson.dumps(event))
-        batch = take([self.queue], BatchLimits(), self.ledger)
-        if self.spool.store(batch):
+        batch = take_all(self.queue)
+        if self.spool.store(batch, lambda: True):
             return True
         with self.ledger.lock:
             for share in batch.shares:
@@ -54,23 +54,30 @@ class Life:
             return self.spool.append(orjson.dumps(event), self.queue.account)
 
     def drain(self) -> list[dict[str, Any]]:
-        self.spool.put_off()
-        found: list[dict[str, Any]] = []
-        while (oldest := self.spool.take_backlog(probe=False)) is not None:
-            reading = self.spool.read(oldest, BatchLimits())
-            if reading is None:
-                self.spool.finish(oldest)
-                continue
-            found += [orjson.loads(event) for event in reading.batch.events]
-            with self.ledger.lock:
-                for share in reading.batch.shares:
-                    share.account.settle(share, 0)
-            self.spool.advance(oldest, reading, Batch(()))
-        return found
+        return drain(self.spool, self.ledger)
 
     @property
     def files(self) -> list[Path]:
         return sorted(self.spool.folder.glob("*-*-*.jsonl"))
+
+
+def drain(spool: Spool, ledger: Ledger, limit: int = 1000) -> list[dict[str, Any]]:
+    """Deliver all there is, and return it."""
+    found: list[dict[str, Any]] = []
+    spool.put_off(seal=True)
+    while (oldest := spool.take_backlog(probe=False)) is not None:
+        lines = spool.read(oldest, BatchLimits(max_events=limit))
+        if not lines:
+            spool.finish(oldest)
+            continue
+        with ledger.lock:
+            reading = spool.claim(oldest, lines)
+            for share in reading.batch.shares:
+                share.account.settle(share, 0)
+        spool.bury_damaged()
+        found += [orjson.loads(event) for event in reading.batch.events]
+        spool.advance(oldest, reading, Batch(()))
+    return found
 
 
 def numbers(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -296,18 +303,20 @@ def test_the_bound_in_bytes_holds_and_what_is_lost_is_counted(tmp_path: Path, po
 
 
 def test_events_of_ended_processes_count_in_the_bound_and_make_room_first(tmp_path: Path) -> None:
-    ended = Life(tmp_path, max_bytes=1 << 16)
+    now = time.time()
+    ended = Life(tmp_path, max_bytes=1 << 16, clock=lambda: now)
     for number in range(300):
-        ended.append({"n": number, "padding": "x" * 80})
+        ended.append({"n": number, "padding": "x" * 100})
     ended.spool.close()
-    life = Life(tmp_path, max_bytes=1 << 16)
+    life = Life(tmp_path, max_bytes=1 << 16, clock=lambda: now + 60)
     life.spool.look_around()
     for number in range(300, 600):
-        assert life.append({"n": number, "padding": "x" * 80})
+        assert life.append({"n": number, "padding": "x" * 100})
     kept = [event["n"] for event in life.drain()]
     assert kept == list(range(600 - len(kept), 600))
     stats = life.queue.account.stats()
     assert stats.recovered + stats.recovered_lost == 300
+    assert stats.recovered_lost > 0
     assert dict(stats.dropped) == {}
 
 
@@ -423,7 +432,7 @@ def test_a_file_that_cannot_be_opened_now_is_kept_for_later(tmp_path: Path, monk
     now = [1e9]
     life = Life(tmp_path, clock=lambda: now[0])
     life.store(*numbers(3))
-    life.spool.put_off()
+    life.spool.seal()
     segment = life.spool.take_backlog(probe=False)
     assert segment is not None
     with monkeypatch.context() as patch:

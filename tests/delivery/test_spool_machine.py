@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from evalvault_sdk.delivery import folder, segment, spool
 from evalvault_sdk.delivery.account import Account, Ledger
-from evalvault_sdk.delivery.batch import Batch, BatchLimits
-from evalvault_sdk.delivery.queue import EventQueue, take
+from evalvault_sdk.delivery.batch import BatchLimits
+from evalvault_sdk.delivery.queue import EventQueue
 from evalvault_sdk.delivery.spool import Spool
-from tests.support import balances
+from tests.delivery.test_spool import drain
+from tests.support import balances, take_all
 
 
 class Died(BaseException):
@@ -97,6 +98,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.patch.setattr(spool, "_FAULT_PAUSE_S", 0.0)
         self.patch.setattr(spool, "_UNREADABLE_PAUSE_S", 0.0)
         self.patch.setattr(spool, "_UNLOCKED_AGE_S", -1.0)
+        self.patch.setattr(spool, "_EMPTY_LOCK_AGE_S", -1.0)
         self.patch.setattr(spool, "_SEGMENT_BYTES", 200)
         self.number = 0
         #: Events whose writing returned, and is not acknowledged; those of which nobody knows; those deleted.
@@ -139,7 +141,6 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule()
     def everything_is_delivered(self) -> None:
         self.os.countdown = 10**9
-        self.spool.put_off()
         drained = self.drain()
         assert self.promised <= drained
         self.unknown |= self.promised
@@ -164,9 +165,9 @@ class SpoolMachine(RuleBasedStateMachine):
         with self.process():
             for event in events.values():
                 self.queue.put(event)
-            batch = take([self.queue], BatchLimits(), self.ledger)
+            batch = take_all(self.queue)
             self.unknown |= set(events)
-            written = self.spool.store(batch, alone=alone)
+            written = self.spool.store(batch, lambda: True, alone=alone)
             if written:
                 self.unknown -= set(events)
                 self.promised |= set(events)
@@ -184,12 +185,14 @@ class SpoolMachine(RuleBasedStateMachine):
 
     def deliver_from(self, found: segment.Segment, limit: int, passes: int) -> None:
         try:
-            reading = self.spool.read(found, BatchLimits(max_events=limit))
+            lines = self.spool.read(found, BatchLimits(max_events=limit))
         except OSError:
             return
-        if reading is None:
+        if not lines:
             self.spool.finish(found)
             return
+        with self.ledger.lock:
+            reading = self.spool.claim(found, lines)
         passed, rest = reading.batch.split(passes)
         numbers = {orjson.loads(event)["n"] for event in passed.events}
         assert not numbers & self.gone, "what was acknowledged and deleted came back"
@@ -246,18 +249,7 @@ class SpoolMachine(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
     def drain(self) -> set[int]:
-        found: set[int] = set()
-        while (oldest := self.spool.take_backlog(probe=False)) is not None:
-            reading = self.spool.read(oldest, BatchLimits(max_events=7))
-            if reading is None:
-                self.spool.finish(oldest)
-                continue
-            found |= {orjson.loads(event)["n"] for event in reading.batch.events}
-            with self.ledger.lock:
-                for share in reading.batch.shares:
-                    share.account.settle(share, 0)
-            self.spool.advance(oldest, reading, Batch(()))
-        return found
+        return {event["n"] for event in drain(self.spool, self.ledger, limit=7)}
 
 
 TestSpoolMachine = SpoolMachine.TestCase

@@ -332,7 +332,7 @@ def test_a_fault_in_the_middle_of_a_halved_batch_counts_nothing_twice(monkeypatc
     transport = MemoryTransport(TooLarge(), Delivered())
     outbox = make(transport, flush_interval_s=60, retry_initial_s=5, retry_max_s=5)
     worker, sent = outbox.worker, 0
-    send = worker._send
+    send = worker._courier._send
 
     def send_and_fail_once(batch: Batch) -> Outcome:
         nonlocal sent
@@ -341,7 +341,7 @@ def test_a_fault_in_the_middle_of_a_halved_batch_counts_nothing_twice(monkeypatc
             raise ZeroDivisionError
         return send(batch)
 
-    monkeypatch.setattr(worker, "_send", send_and_fail_once)
+    monkeypatch.setattr(worker._courier, "_send", send_and_fail_once)
     put(outbox, 4)
     worker.speed_up()
     wait_for(lambda: outbox.stats().delivered == 2)
@@ -490,7 +490,7 @@ def test_flushes_of_many_threads_at_the_very_start_leave_a_worker_that_goes_on()
             thread.start()
         for thread in threads:
             thread.join()
-        assert outbox.worker._deadline == float("inf")
+        assert outbox.worker._courier.deadline == float("inf")
         put(outbox, 1)
         assert outbox.shutdown(5).complete
 
@@ -541,7 +541,7 @@ def test_a_limit_is_learnt_from_what_passed_not_from_what_was_refused() -> None:
     for _ in range(50):
         outbox.queue.put(orjson.dumps({"n": 1, "padding": "x" * 5000}))
     assert outbox.flush(10).rejected == 50
-    assert outbox.worker._limits.max_bytes == 4 << 20
+    assert outbox.worker._courier.limits.max_bytes == 4 << 20
     outbox.shutdown(5)
 
 
