@@ -4,6 +4,7 @@
 #   make demo       a real RAG program, traced through a real server, shown in the terminal
 #   make test       the test suite
 #   make test-all   the test suite on every Python 3.10 to 3.13 found here
+#   make soak       five minutes of programs that are killed and a server that fails; SECONDS=60 SEED=7 to choose
 #   make lint       lint, format check, strict types
 #   make bench      what the speed claims rest on
 #   make dist       wheel and sdist in dist/
@@ -11,8 +12,9 @@
 PYTHON ?= $(shell sh tests/tools/find_python.sh)
 VENV ?= .venv
 BIN := $(VENV)/bin
+SECONDS ?= 300
 
-.PHONY: demo test test-all lint format bench dist clean
+.PHONY: demo test test-all soak lint format bench dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -28,6 +30,9 @@ test-all:
 	  echo "== Python $$version ($$python)"; \
 	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	done
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.path.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

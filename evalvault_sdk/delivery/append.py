@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 try:
@@ -18,19 +19,29 @@ try:
 except ImportError:  # no POSIX: one process a file
     fcntl = None  # type: ignore[assignment]
 
+#: Whoever waits for another process looks again after so many seconds.
+_LOOK_AGAIN_S = 0.01
 
-def append_lines(path: str | Path, lines: bytes, *, max_bytes: int | None = None, older: Path | None = None) -> None:
+
+def append_lines(
+    path: str | Path,
+    lines: bytes,
+    *,
+    wait_s: float = 10.0,
+    max_bytes: int | None = None,
+    older: Path | None = None,
+) -> None:
     """
     Append `lines` to a file that other processes append to as well: all of them, on the disk, or none.
 
     A file that is not there is made for its owner only. One that would exceed `max_bytes` becomes `older` first.
-    Raises `OSError`.
+    Raises `OSError`, also if another process has the file locked for `wait_s` seconds.
     """
+    until = time.monotonic() + wait_s
     while True:
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, until)
             size = os.fstat(file).st_size
             if max_bytes is not None and older is not None and size and size + len(lines) > max_bytes:
                 with contextlib.suppress(FileNotFoundError):  # another process has just set it aside
@@ -41,6 +52,18 @@ def append_lines(path: str | Path, lines: bytes, *, max_bytes: int | None = None
             return
         finally:
             os.close(file)  # lets go of the lock, too
+
+
+def _lock(file: int, until: float) -> None:
+    while fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_LOOK_AGAIN_S)
+        else:
+            return
 
 
 def _append(file: int, size: int, lines: bytes) -> None:

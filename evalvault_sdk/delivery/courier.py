@@ -15,6 +15,7 @@ and tried again. Only if others pass meanwhile, again and again, it is given up.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 
@@ -41,6 +42,8 @@ _MAX_FAILURES = 3
 _SUSPECT_WAITS_S, _SUSPECT_WAITS_AT_MOST_S = 0.25, 60.0
 #: So many events are taken at once under the lock: more would hold up the program's threads.
 _AT_ONCE = 256
+#: So long whoever has no more time waits for who is just putting the same events on disk.
+_KEEP_WAIT_S = 0.1
 
 
 @attrs.define(eq=False)
@@ -90,6 +93,7 @@ class Courier:
         """Begin with empty hands: at first, and in a forked child."""
         self.breaker.start_over()
         self._hands: list[Hand] = []
+        self._keeping = False
         self._successes = 0
         #: Whether the last failure may be for what the request held.
         self.suspicious = False
@@ -153,6 +157,7 @@ class Courier:
     def snatch(self) -> list[Hand]:
         """Take all that is in hand away from whoever carries it; what is on disk stays there."""
         with self._ledger.lock:
+            self._ledger.settled.wait_for(lambda: not self._keeping, _KEEP_WAIT_S)
             hands, self._hands = self._hands, []
             for hand in hands:
                 if hand.segment is not None and hand.reading is not None and self._spool is not None:
@@ -174,14 +179,18 @@ class Courier:
         with self._ledger.lock:
             if self._holds(hand) and spool is not None:
                 hand.parts = _pieces(hand.rest(), spool.segment_bytes)
-        kept = 0
-        while spool is not None and hand.parts and self._holds(hand):
-            piece = hand.parts[-1]
-            if not spool.store(piece, lambda piece=piece: self._claim(hand, piece), alone=alone):  # type: ignore[misc]
-                break
-            kept += len(piece)
+        kept, self._keeping = 0, True
+        try:
+            while spool is not None and hand.parts and self._holds(hand):
+                piece = hand.parts[-1]
+                if not spool.store(piece, functools.partial(self._claim, hand, piece), alone=alone):
+                    break
+                kept += len(piece)
+        finally:
+            self._keeping = False
         self._notices.spooled(kept)
         with self._ledger.lock:
+            self._ledger.settled.notify_all()
             if not self._holds(hand):
                 return False
             rest = hand.rest()
@@ -191,7 +200,6 @@ class Courier:
                     share.account.lose(share, "shutdown", in_flight=True)
             else:
                 _put_back(rest)
-            self._ledger.settled.notify_all()
             return not len(rest)
 
     def _claim(self, hand: Hand, piece: Batch) -> bool:

@@ -23,6 +23,8 @@ from evalvault_sdk.delivery.folder import make_folder
 
 DEAD_LETTER_FILE = "dead-letter.jsonl"
 OLDER_DEAD_LETTER_FILE = "dead-letter.1.jsonl"
+#: So long another process may hold the file; delivery does not stand still for longer.
+_WAIT_S = 1.0
 #: Characters kept of a damaged line.
 _MAX_DAMAGED = 10_000
 

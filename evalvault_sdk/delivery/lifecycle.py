@@ -4,9 +4,9 @@ Follow the process: what becomes of workers when it ends, and when it forks.
 In:   workers as they are made, started and ended; the interpreter's own hooks.
 Out:  every started worker ended with the process, within its timeout; every worker of a forked child told.
 
-Hooks: `atexit` (also for exceptions, `sys.exit`, daemon threads), the finalizers of multiprocessing and of
-billiard (Celery's) for their children, which leave without running `atexit`, `os.register_at_fork`, and SIGTERM
-for a program that asks for it.
+Hooks: `atexit` (also for exceptions, `sys.exit`, daemon threads); for children that leave without running `atexit`
+the finalizers of multiprocessing and of billiard, and a signal of Celery, whose pool runs no finalizers either;
+`os.register_at_fork`; and SIGTERM for a program that asks for it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 import weakref
+from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from evalvault_sdk.log import warn
 
@@ -44,6 +46,9 @@ def started(worker: Worker) -> None:
         process = sys.modules.get(f"{package}.process")
         if process is not None and _is_child(process):
             sys.modules[f"{package}.util"].Finalize(None, _end_all, exitpriority=0)
+    leaving = getattr(sys.modules.get("celery.signals"), "worker_process_shutdown", None)
+    if leaving is not None:
+        leaving.connect(_on_celery_exit)
 
 
 def _is_child(process: ModuleType) -> bool:
@@ -67,38 +72,46 @@ def _end_all() -> None:
             worker.end()
 
 
-#: What SIGTERM did before us.
-_before: Any = None
+def _on_celery_exit(**_: Any) -> None:
+    _end_all()
 
 
 def handle_sigterm() -> None:
     """From now on deliver what was recorded when SIGTERM comes, then do what was done before."""
-    global _before
-    if threading.current_thread() is not threading.main_thread():
-        warn("SIGTERM can be handled from the main thread only: make the tracer with handle_sigterm there")
+    before = signal.getsignal(signal.SIGTERM)
+    if isinstance(before, _OnSigterm) or before == signal.SIG_IGN:
+        return  # it is handled, or ends nothing
+    if before is None:
+        warn("SIGTERM is handled by something that is not Python: call the tracer's shutdown from there")
         return
-    current = signal.getsignal(signal.SIGTERM)
-    if current is None:
-        warn("SIGTERM is handled by something that is not Python, and is left to it: call shutdown() from there")
-    elif current is not _on_sigterm:
-        _before = current
-        signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        signal.signal(signal.SIGTERM, _OnSigterm(before))
+    except ValueError:
+        warn("SIGTERM can be handled from the main thread only: make the tracer with handle_sigterm there")
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    if callable(_before):
-        # The program will end in its own way and time, and record more until then. How it ends is not for us to
-        # know, so from here on nothing is in memory alone.
-        workers = list(_running)
-        until = time.monotonic() + max((worker.shutdown_timeout_s for worker in workers), default=0.0)
-        for worker in workers:
-            with contextlib.suppress(Exception):
-                worker.brace(until)
-        _before(number, frame)
-    elif _before == signal.SIG_DFL:
-        _end_all()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+@attrs.frozen
+class _OnSigterm:
+    """
+    Our handler. Each knows its own `before`: the program may put another between two of ours, or put an old one back.
+    """
+
+    before: Callable[[int, FrameType | None], Any] | int
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if callable(self.before):
+            # The program will end in its own way and time, and record more until then. How it ends is not for us to
+            # know, so from here on nothing is in memory alone.
+            workers = list(_made)  # and who has recorded nothing so far
+            until = time.monotonic() + max((worker.shutdown_timeout_s for worker in workers), default=0.0)
+            for worker in workers:
+                with contextlib.suppress(Exception):
+                    worker.brace(until)
+            self.before(number, frame)
+        else:
+            _end_all()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def _after_fork_in_child() -> None:

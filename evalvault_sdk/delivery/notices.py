@@ -29,7 +29,7 @@ _TELL_RECOVERY_S = 60.0
 #: So long the end waits for another thread that is saying what was lost.
 _TELL_WAIT_S = 0.05
 #: So long it waits for what is said last.
-_TELL_END_S = 0.3
+_TELL_END_S = 0.15
 #: The recorder says these, with their cause.
 _TOLD_BY_RECORDER: frozenset[DropReason] = frozenset({"invalid", "internal_error"})
 

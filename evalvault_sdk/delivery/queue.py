@@ -31,23 +31,31 @@ class Wakeup:
     A flag that one thread sleeps on and any other sets.
 
     Built on a bare lock, not on `threading.Event`: a finalizer that records a stage while its own thread is
-    inside `Event.set` or `Event.wait` would wait for itself for ever.
+    inside `Event.set` or `Event.wait` would wait for itself for ever. The lock is made by the sleeper: gevent may
+    have replaced threads and locks since the tracer was made, and a greenlet that sleeps on a real lock stops all.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
+        self._lock: threading.Lock | None = None
         self._set = False
 
     def set(self) -> None:
         """Wake the sleeper, or let its next `wait` return at once."""
         if not self._set:
             self._set = True
-            with contextlib.suppress(RuntimeError):  # two threads came at once, and the other has released it
-                self._lock.release()
+            if self._lock is not None:
+                with contextlib.suppress(RuntimeError):  # two threads came at once, and the other has released it
+                    self._lock.release()
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until `set`, at most `timeout_s` seconds; say whether it was set. The flag is down afterwards."""
+        if self._lock is None:
+            lock = threading.Lock()
+            lock.acquire()
+            self._lock = lock  # from here on `set` releases it; before, it left no more than its flag
+            if self._set:
+                self._set = False
+                return True
         woken = self._lock.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
         self._set = False
         return woken

@@ -85,7 +85,7 @@ _UNLOCKED_AGE_S = 60.0
 #: A segment that cannot be read is tried again after so many seconds.
 _UNREADABLE_PAUSE_S = 10.0
 #: Another process that looks around may take a lock file in the instant before it is locked.
-_BEGINNINGS = 3
+_BEGINNINGS = 8
 #: A lock file without segments is removed when it is so many seconds old: its owner may just be beginning.
 _EMPTY_LOCK_AGE_S = 10.0
 #: When more single events than this fail, it is not for what they hold.
@@ -145,6 +145,7 @@ class Spool:
         self._parked: Segment | None = None  # the worker appends to it
         self._parked_shares: list[Share] = []
         self._sending: Segment | None = None
+        self._left_others = False
         self._closed = False
         #: Segments that are done with and could not be deleted.
         self._undeletable: set[str] = set()
@@ -526,11 +527,21 @@ class Spool:
         def oldest(owner: str) -> str:
             return min((entry.name for entry in found.get(owner, [])), default="")
 
+        self._left_others = False
         for owner in sorted(found.keys() | locks, key=oldest):
-            if owner != self._owner and len(self._adopted) < _MAX_ADOPTED:
-                self._adopt(owner, found.get(owner, []), has_lock=owner in locks)
+            if owner == self._owner:
+                continue
+            if len(self._adopted) == _MAX_ADOPTED and owner not in self._adopted:
+                self._left_others = True
+                break
+            self._adopt(owner, found.get(owner, []), has_lock=owner in locks)
         self._drop_expired()
         self._clear_adopted()
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether others were left when we last looked around, and all that we had is delivered since."""
+        return self._left_others and not self._backlog
 
     def _adopt(self, owner: str, entries: list[os.DirEntry[str]], *, has_lock: bool) -> None:
         lock = self._adopted.get(owner)
@@ -552,8 +563,8 @@ class Spool:
                 os.close(lock)
                 return
             self._adopted[owner] = lock
-            # What was listed before may be gone: whoever had the lock may just have delivered it.
-            entries = [entry for entry in entries if os.path.exists(entry.path)]
+            # Listed again: whoever had the lock may have delivered some since, and written more.
+            entries = self._segments_of(owner)
         known = {segment.path for segment in self._backlog}
         for entry in entries:
             match = SEGMENT_NAME.fullmatch(entry.name)
@@ -563,6 +574,11 @@ class Spool:
                     segment = Segment(entry.path, int(match["created"]), owner, size)
                     with self._ledger.lock:
                         bisect.insort(self._backlog, segment, key=lambda other: other.path)
+
+    def _segments_of(self, owner: str) -> list[os.DirEntry[str]]:
+        with contextlib.suppress(OSError), os.scandir(self._path) as entries:
+            return [e for e in entries if (match := SEGMENT_NAME.fullmatch(e.name)) and match["owner"] == owner]
+        return []
 
     def _clear_adopted(self) -> None:
         """Let go of the owners that have no segment left, and remove their lock files."""

@@ -54,7 +54,7 @@ _FAULT_PAUSE_S = 1.0
 #: A flush waits so long for another thread that is about to start the worker.
 _START_WAIT_S = 5.0
 #: So long the end waits for a thread that has nothing more to do.
-_JOIN_S = 0.1
+_JOIN_S = 0.05
 #: Near the end, whoever has nothing to do looks again after so many seconds.
 _LAST_PAUSE_S = 0.02
 
@@ -192,6 +192,7 @@ class Worker:
         """Begin with what ended processes left for this destination, if there is anything."""
         if self._spool is not None and self._thread is None and self._spool.has_orphans():
             self.start()
+            self._wakeup.set()
 
     def flush(self, queue: EventQueue, timeout_s: float) -> bool:
         """Deliver what was recorded into `queue` before this call; say whether all of it met its fate in time."""
@@ -400,7 +401,7 @@ class Worker:
             pause_s = max(wait_s, _LAST_PAUSE_S if self._idle else 0.0)
             self._hurry.wait(max(0.0, min(pause_s, self._left_s())))
         elif not self._breaker.failing:
-            if self._idle:
+            if self._idle and not (spool is not None and spool.wants_more):
                 self._wakeup.wait(interval_s)
         elif not wait_s and not self._idle:
             pass  # the next probe
@@ -414,7 +415,7 @@ class Worker:
         """Do once what there is to do: what is new, then a batch of the backlog."""
         now, spool = self._clock(), self._spool
         self._prune()
-        if spool is not None and now >= self._look_around_at and not self._closing:
+        if spool is not None and not self._closing and (now >= self._look_around_at or spool.wants_more):
             self._look_around_at = now + _LOOK_AROUND_S
             spool.look_around()
         urgent = self._courier.urgent = self._flushes > 0 or self._closing
@@ -425,6 +426,8 @@ class Worker:
             self._put_off()
         elif self._breaker.failing:
             sent = self._deliver_backlog() or self._deliver_live()  # the probe
+            if spool is not None and not self._breaker.failing:
+                spool.put_off(seal=True)  # what was written so far waits its turn: from here on the new goes first
         elif urgent or now - self._live_at >= self._settings.flush_interval_s or self._live_is_due():
             self._live_at = now
             self._deliver_live()

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -550,3 +551,26 @@ def test_the_second_shutdown_says_what_the_first_said() -> None:
     put(outbox, 1)
     assert not outbox.shutdown(0.1).in_time
     assert not outbox.shutdown(0.1).in_time
+
+
+def test_what_is_being_sent_when_sigterm_comes_is_on_disk_before_the_programs_own_handler_runs(tmp_path: Path) -> None:
+    answer = threading.Event()
+
+    class Hanging(MemoryTransport):
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+            outcome = super().send(batch, timeout_s=timeout_s)
+            answer.wait(10)
+            return outcome
+
+    transport = Hanging()
+    outbox = make(transport, durability="spool", spool_dir=str(tmp_path), shutdown_timeout_s=0.1)
+    put(outbox, 3)
+    wait_for(lambda: bool(transport.batches))
+    outbox.worker.brace(time.monotonic() + 0.1)
+    lines = b"".join(path.read_bytes() for path in tmp_path.glob("*/*-*.jsonl")).splitlines()
+    assert [orjson.loads(line)["n"] for line in lines] == [0, 1, 2], "the handler may end the process at once"
+    answer.set()
+    stats = outbox.shutdown(10)
+    assert stats.complete, str(stats)
+    assert balances(stats)
+    assert numbers(transport) == [0, 1, 2, 0, 1, 2]

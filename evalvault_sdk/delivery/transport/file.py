@@ -14,6 +14,9 @@ from evalvault_sdk.delivery.append import append_lines
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome, RetryLater
 
+#: So long another process may write before it counts as a failure, and is tried again.
+_WAIT_S = 10.0
+
 
 class FileTransport:
     """A file that grows. It is made for its owner only (0600) where it is not there yet."""
@@ -24,7 +27,8 @@ class FileTransport:
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         """Append the batch and wait until it is on the disk."""
         try:
-            append_lines(self.destination, b"\n".join(batch.events) + b"\n")
+            wait_s = _WAIT_S if timeout_s is None else min(timeout_s, _WAIT_S)
+            append_lines(self.destination, b"\n".join(batch.events) + b"\n", wait_s=wait_s)
         except OSError as error:
             return RetryLater(
                 f"{type(error).__name__}: {error.strerror}", advice="check the file's folder, its rights and its room"
