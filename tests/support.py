@@ -152,8 +152,12 @@ class ListSink:
 
 def take_all(queue: EventQueue, limits: BatchLimits | None = None) -> Batch:
     """Take what waits, as the courier does, and keep it."""
-    hand = a_courier(queue._ledger).take([queue], limits or BatchLimits())
-    return Batch(()) if hand is None else hand.rest()
+    courier = a_courier(queue._ledger)
+    hand = courier.take([queue], limits or BatchLimits())
+    if hand is None:
+        return Batch(())
+    courier._release(hand)
+    return hand.rest()
 
 
 def a_courier(ledger: Ledger, spool: Spool | None = None, transport: Transport | None = None) -> Courier:

@@ -122,6 +122,9 @@ class Account:
         #: Events in memory, oldest first, and their bytes.
         self.waiting: collections.deque[bytes] = collections.deque()
         self.waiting_bytes = 0
+        #: Events, and their bytes, that left `waiting` and still take up memory: they are being sent.
+        self.lent = 0
+        self.lent_bytes = 0
         #: Events that left `waiting`, less those that came back.
         self.taken = 0
         #: Events that were recorded into a segment that is sealed.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from evalvault_sdk.config import Settings
-from evalvault_sdk.delivery.account import Ledger, Share
+from evalvault_sdk.delivery.account import Account, Ledger, Share
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.breaker import Breaker
 from evalvault_sdk.delivery.notices import Notices
@@ -54,6 +54,8 @@ class Hand:
     #: Where they are on disk, if they are.
     segment: Segment | None = None
     reading: Reading | None = None
+    #: Or whose memory they take up: account, events, bytes.
+    lent: list[tuple[Account, int, int]] = attrs.field(factory=list)
 
     def rest(self) -> Batch:
         """Return what is left, in order."""
@@ -124,8 +126,12 @@ class Courier:
                         return None
                     shares.append(account.take(len(new)))
                     hand.parts = [Batch(tuple(taken), tuple(shares))]
+                    new_bytes = sum(map(len, new))
                     # What an interrupt between two lines of `put` may have left over ends with the last event.
-                    account.waiting_bytes = account.waiting_bytes - sum(map(len, new)) if account.waiting else 0
+                    account.waiting_bytes = account.waiting_bytes - new_bytes if account.waiting else 0
+                    account.lent += len(new)
+                    account.lent_bytes += new_bytes
+                    hand.lent.append((account, len(new), new_bytes))
                     ledger.settled.notify_all()
                 if len(new) < _AT_ONCE:
                     break
@@ -153,6 +159,9 @@ class Courier:
 
     def _release(self, hand: Hand) -> None:
         self._hands = [other for other in self._hands if other is not hand]
+        for account, events, size in hand.lent:
+            account.lent -= events
+            account.lent_bytes -= size
 
     def snatch(self) -> list[Hand]:
         """Take all that is in hand away from whoever carries it; what is on disk stays there."""
@@ -162,7 +171,7 @@ class Courier:
             for hand in hands:
                 if hand.segment is not None and hand.reading is not None and self._spool is not None:
                     self._spool.advance(hand.segment, hand.reading, hand.rest())
-            mine = [Hand([hand.rest()]) for hand in hands if hand.segment is None]
+            mine = [Hand([hand.rest()], lent=hand.lent) for hand in hands if hand.segment is None]
             self._hands += mine
             return mine
 

@@ -130,7 +130,11 @@ class EventQueue:
                 total = 0
             else:
                 total = account.waiting_bytes + len(event)
-                if total > self._max_bytes or len(account.waiting) >= self._max_events or self.closed:
+                if (
+                    total + account.lent_bytes > self._max_bytes
+                    or len(account.waiting) + account.lent >= self._max_events
+                    or self.closed
+                ):
                     if not self._find_room(event):
                         return False
                     total = account.waiting_bytes  # it may have changed, or the event is on disk
@@ -158,7 +162,7 @@ class EventQueue:
             if self._overflow.full:
                 reason = "spool_full"
         elif limits.policy == "drop_oldest":
-            while not self._has_room(size):
+            while account.waiting and not self._has_room(size):
                 account.waiting_bytes -= len(account.waiting.popleft())
                 account.taken += 1
                 account.drop("queue_full")
@@ -176,7 +180,10 @@ class EventQueue:
 
     def _has_room(self, size: int) -> bool:
         account = self.account
-        return account.waiting_bytes + size <= self._max_bytes and len(account.waiting) < self._max_events
+        return (
+            account.waiting_bytes + account.lent_bytes + size <= self._max_bytes
+            and len(account.waiting) + account.lent < self._max_events
+        )
 
     def refuse(self, reason: DropReason) -> None:
         """Count an event that was recorded and could not be put."""

@@ -249,12 +249,11 @@ def test_nothing_spins_while_there_is_nothing_to_do(tmp_path: Path) -> None:
     asked = make(tmp_path / "2", MemoryTransport(*[RetryLater("x", wait_s=60)] * 1000), flush_interval_s=10)
     put(asked, 1)
     asked.worker.speed_up()
-    emptied = make(tmp_path / "3", MemoryTransport(*[RetryLater("x")] * 100_000), retry_max_s=0.01)
+    emptied = make(tmp_path / "3", MemoryTransport(*[RetryLater("x")] * 100_000), retry_max_s=0.5)
     put(emptied, 1)
     wait_for(lambda: len(on_disk(tmp_path / "3")) == 1)
     for path in (tmp_path / "3").glob("*/*-*-*.jsonl"):
         path.unlink()
-    wait_for(lambda: emptied.stats().pending == 0)
     assert cpu_of(1.0) < 0.3
     for outbox in (waiting, asked, emptied):
         assert outbox.shutdown(0.1).in_flight == 0

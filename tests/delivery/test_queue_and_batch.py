@@ -320,3 +320,22 @@ def test_a_flush_waits_for_what_was_there_and_not_for_what_came_later() -> None:
     assert results == [True]
     assert queue.account.stats().queued == 1
     assert not queue.account.wait_until_ended(0.05)
+
+
+def test_what_is_being_sent_counts_in_the_bounds() -> None:
+    queue = make_queue(max_events=3)
+    courier = a_courier(queue._ledger)
+    for _ in range(3):
+        assert queue.put(b"x" * 10)
+    hand = courier.take([queue], BatchLimits(max_events=2))
+    assert hand is not None
+    assert not queue.put(b"y")
+    courier.keep(hand)  # without a disk: back to where it was
+    stats = queue.account.stats()
+    assert (stats.queued, stats.in_flight, dict(stats.dropped)) == (3, 0, {"queue_full": 1})
+    assert (queue.account.lent, queue.account.lent_bytes, queue.account.waiting_bytes) == (0, 0, 30)
+    hand = courier.take([queue], BatchLimits())
+    assert hand is not None
+    assert courier.deliver(hand)
+    assert queue.put(b"y")
+    assert queue.account.lent == 0
