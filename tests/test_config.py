@@ -43,6 +43,14 @@ def test_an_argument_wins_over_its_variable_and_the_variable_over_the_default() 
         ({"compression": "zip"}, "gzip, none"),
         ({"batch_evnts": 5}, "did you mean 'batch_events'"),
         ({"enabled": "yes"}, "enabled"),
+        ({"durability": "disk"}, "memory, spool, journal"),
+        ({"queue_policy": "spill"}, "spool, drop_oldest, drop_newest, block"),
+        ({"spool_policy": "spool"}, "drop_oldest, drop_newest"),
+        ({"spool_max_bytes": 1000}, "spool_max_bytes must be a whole number of at least 65536"),
+        ({"spool_max_age_s": 1}, "from 60 to 315360000"),
+        ({"spool_dir": " "}, "spool_dir must be the path"),
+        ({"on_drop": "print"}, "on_drop must be a function"),
+        ({"handle_sigterm": 1}, "handle_sigterm must be True or False"),
     ],
 )
 def test_a_wrong_setting_raises_at_construction_and_says_which(given: dict[str, Any], words: str) -> None:
@@ -60,6 +68,8 @@ def test_a_wrong_setting_raises_at_construction_and_says_which(given: dict[str, 
         ("EVALVAULT_FLUSH_INTERVAL_S", "soon", "must be a number"),
         ("EVALVAULT_SDK_DISABLED", "perhaps", "1 or 0"),
         ("EVALVAULT_API_URL", "localhost", "http://"),
+        ("EVALVAULT_DURABILITY", "Journal", "memory, spool, journal"),
+        ("EVALVAULT_SPOOL_MAX_BYTES", "512M", "must be a whole number"),
     ],
 )
 def test_a_wrong_variable_is_named(variable: str, value: str, words: str) -> None:
@@ -71,6 +81,15 @@ def test_a_wrong_variable_is_named(variable: str, value: str, words: str) -> Non
 
 def test_a_path_may_be_a_path() -> None:
     assert Settings.resolve({}, run_id="r", verify=Path("/etc/ca.pem")).verify == "/etc/ca.pem"
+
+
+def test_the_spool_s_folder_stays_where_it_is_when_the_program_changes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert Settings.resolve({}, run_id="r", spool_dir="here").spool_dir == str(tmp_path / "here")
+    assert Settings.resolve({"EVALVAULT_SPOOL_DIR": "~/s"}, run_id="r").spool_dir == "/home/somebody/s"
 
 
 def test_what_is_switched_off_needs_no_run() -> None:

@@ -104,6 +104,7 @@ class Worker:
         self._finisher: int | None = None
         self._finished = False
         self._flushes = 0
+        self._hurried = False
         self._backlog_events = _SLOW_START
         self._live_at = float("-inf")
         self._look_around_at = float("-inf")
@@ -274,6 +275,7 @@ class Worker:
 
     def speed_up(self) -> None:
         """Let the thread do what there is to do, now. Takes no lock."""
+        self._hurried = True
         self._wakeup.set()
         self._hurry.set()
 
@@ -305,6 +307,7 @@ class Worker:
         if self._running.acquire(blocking=False):
             deadline = self._courier.deadline
             self._courier.deadline = min(deadline, until)
+            self._hurried = True
             try:
                 while self._pending() and not self._out_of_time():
                     self._round()
@@ -419,8 +422,9 @@ class Worker:
             self._look_around_at = now + _LOOK_AROUND_S
             spool.look_around()
         urgent = self._courier.urgent = self._flushes > 0 or self._closing
-        if urgent:
-            self._breaker.hurry()
+        if self._hurried:
+            self._hurried = False
+            self._breaker.hurry()  # once: the next waits are short, but they are waits
         sent = False
         if self._breaker.wait_s(ending=self._closing) > 0:
             self._put_off()

@@ -420,3 +420,22 @@ def test_the_account_balances_through_outages_overflow_and_refusals(folder: Path
         assert (report.recorded, report.pending) == (12_000, 0)
     finally:
         logging.getLogger("evalvault_sdk").setLevel(logging.NOTSET)
+
+
+def test_a_flush_in_an_outage_tries_at_once_and_then_in_short_steps(folder: Path) -> None:
+    destination = Destination(up=False)
+    outbox = make(destination, retry_initial_s=0.2, retry_max_s=60.0, batch_events=1)
+    for number in range(8):
+        put(outbox, [number])
+        time.sleep(0.05)
+    tried = len(destination.sizes)
+    flusher = threading.Thread(target=outbox.flush, args=(1.5,))
+    flusher.start()
+    wait_for(lambda: len(destination.sizes) > tried, 0.2)
+    for number in range(8, 300):  # each wakes the worker
+        put(outbox, [number])
+        time.sleep(0.004)
+    flusher.join()
+    assert 4 < len(destination.sizes) - tried < 60
+    destination.up = True
+    assert outbox.shutdown(10).complete
