@@ -43,6 +43,8 @@ from evalvault_sdk.delivery.transport.base import Transport
 
 #: So many events the first batch of a backlog has; each one that goes well doubles it.
 _SLOW_START = 64
+#: A batch that took no longer than this, or half a flush interval, keeps nobody waiting.
+_QUICK_S = 0.25
 #: So often the spool's folder is looked at, for what ended processes left.
 _LOOK_AROUND_S = 5.0
 #: More segments than this, freshly written by the program's threads, are a backlog.
@@ -482,10 +484,10 @@ class Worker:
         self._deliver_from(segment, limits)
         if self._breaker.failing:
             self._backlog_events = max(self._backlog_events // 2, 1 if courier.suspicious else _SLOW_START)
-        elif self._clock() - started < self._settings.flush_interval_s / 2:
+        elif self._clock() - started < max(self._settings.flush_interval_s / 2, _QUICK_S):
             self._backlog_events = min(self._backlog_events * 2, courier.limits.max_events)
         else:
-            self._backlog_events = max(self._backlog_events // 2, 1)
+            self._backlog_events = max(self._backlog_events // 2, _SLOW_START)
         return True
 
     def _deliver_from(self, segment: Segment, limits: BatchLimits) -> bool:

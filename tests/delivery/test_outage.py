@@ -439,3 +439,15 @@ def test_a_flush_in_an_outage_tries_at_once_and_then_in_short_steps(folder: Path
     assert 4 < len(destination.sizes) - tried < 60
     destination.up = True
     assert outbox.shutdown(10).complete
+
+
+def test_a_short_flush_interval_does_not_make_a_backlog_trickle(folder: Path) -> None:
+    destination = Destination(up=False)
+    outbox = make(destination, flush_interval_s=0.01)
+    put(outbox, range(5000))
+    wait_for(lambda: len(on_disk(folder)) == 5000)
+    failed = len(destination.sizes)
+    destination.up, destination.takes_s = True, 0.03
+    wait_for(lambda: outbox.stats().complete, 5)
+    assert len(destination.sizes) - failed < 20
+    outbox.shutdown(5)
