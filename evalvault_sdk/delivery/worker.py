@@ -428,14 +428,17 @@ class Worker:
             self._hurried = False
             self._breaker.hurry()  # once: the next waits are short, but they are waits
         sent = False
-        if self._breaker.wait_s(ending=self._closing) > 0:
-            self._put_off()
-        elif self._breaker.failing:
-            sent = self._deliver_backlog() or self._deliver_live()  # the probe
-            if spool is not None and not self._breaker.failing:
-                spool.put_off(seal=True)  # what was written so far waits its turn: from here on the new goes first
-        elif urgent or now - self._live_at >= self._settings.flush_interval_s or self._live_is_due():
+        due = urgent or now - self._live_at >= self._settings.flush_interval_s or self._live_is_due()
+        if due:
             self._live_at = now
+        if self._breaker.failing:
+            if due:
+                self._put_off()
+            if self._breaker.wait_s(ending=self._closing) <= 0:
+                sent = self._deliver_backlog() or self._deliver_live()  # the probe
+                if spool is not None and not self._breaker.failing:
+                    spool.put_off(seal=True)  # what was written so far waits its turn: from here on the new goes first
+        elif due:
             self._deliver_live()
         if not self._breaker.failing and not self._out_of_time():
             sent = self._deliver_backlog()
