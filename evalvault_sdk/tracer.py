@@ -5,7 +5,8 @@ In:   the user's calls, in any thread or task.
 Out:  events in the worker's queue; the truth about them, from `flush`, `shutdown` and `stats`.
 
 Construction raises `ConfigurationError` on wrong settings. After that nothing here raises, blocks (but for
-`flush` and `shutdown`, which hold their timeout) or touches the network in the caller's thread.
+`flush` and `shutdown`, which hold their timeout, and recording if `queue_policy="block"` was chosen) or touches
+the network in the caller's thread.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class StageTracer:
     """
     Records the stages of a RAG program and delivers them to EvalVault in the background.
 
-    Make one per process and share it: it is safe in all threads and tasks. As a context manager it shuts
-    itself down; otherwise the end of the process does, within `shutdown_timeout_s`.
+    It is safe in all threads and tasks, and in forked children. Tracers with the same settings, but for the run,
+    share one thread, connection and spool. As a context manager it shuts itself down; otherwise the end of the
+    process does, within `shutdown_timeout_s`.
 
     `run_id` names what is analysed together, `api_url` is the server's address; with `file="events.jsonl"` or
     `db_path="eval.db"` instead, events are written there and no server is needed. Every other setting is
@@ -206,9 +208,10 @@ class StageTracer:
 
     def shutdown(self, timeout: float | None = None) -> FlushReport:
         """
-        Deliver what was recorded and end; give up after `timeout` seconds (`shutdown_timeout_s` if None).
+        Deliver what was recorded and end; after `timeout` seconds (`shutdown_timeout_s` if None) keep the rest on disk.
 
-        What is recorded later is counted as dropped (`closed`). May be called again, to no effect.
+        The next process that delivers to the same place sends it. What is recorded later is counted as dropped
+        (`closed`). May be called again, to no effect.
         """
         self._finalizer.detach()
         return self._outbox.shutdown(timeout)
