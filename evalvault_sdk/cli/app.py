@@ -8,7 +8,7 @@ Out:  calls to the modules that do the work; every expected error as one line on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evalvault_sdk import __version__
-from evalvault_sdk.cli import draw
+from evalvault_sdk.cli import draw, spool
 from evalvault_sdk.cli.draw import plain
 from evalvault_sdk.cli.ingest import FileTarget, ServerTarget, ingest_file
 from evalvault_sdk.cli.source import FileSource, ServerSource, Source
@@ -35,6 +35,11 @@ _MAX_NAMED = 20
 
 _Url = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_URL", help=f"The server. [default: {_DEFAULT_URL}]")]
 _Token = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_TOKEN", help="The server's token.")]
+_Dir = Annotated[
+    Path | None, typer.Option("--dir", help="The spools' folder. [default: EVALVAULT_SPOOL_DIR, or as the SDK]")
+]
+_Only = Annotated[str | None, typer.Option("--url", help="Only what goes to this server. [default: all destinations]")]
+_DeadLetter = Annotated[bool, typer.Option("--dead-letter", help="Of what the server refused, instead.")]
 _Db = Annotated[str | None, typer.Option(help="A database file, instead of a server.")]
 
 
@@ -45,6 +50,15 @@ def _clear_errors() -> Iterator[None]:
     except (EvalVaultError, OSError) as error:
         Console(stderr=True).print(f"[red]Error:[/] {plain(error)}", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of so many bytes are done, on a terminal only; yield what is told of each step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda size: progress.advance(bar, size)
 
 
 def _version(wanted: bool) -> None:
@@ -109,10 +123,8 @@ def ingest(
     """Send a file of events to a server, or into a database file."""
     with _clear_errors():
         target = FileTarget(db) if db else ServerTarget(url, token)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("Sending", total=file.stat().st_size)
-            tally = ingest_file(file, target, lambda size: progress.advance(bar, size))
+        with _progress("Sending", file.stat().st_size) as advance:
+            tally = ingest_file(file, target, advance)
         console.print(f"{tally.stored:,} events stored, {len(tally.refused):,} refused", highlight=False)
         for number, reason in tally.refused[:_MAX_NAMED]:
             console.print(f"  line {number}: {plain(reason)}", highlight=False)
@@ -147,3 +159,107 @@ def show(
             draw.draw_waterfall(console, draw.slowest_tree(source.events(run_id)), "Slowest stages (without trace ids)")
         draw.draw_failing(console, report)
         draw.draw_recommendations(console, report)
+
+
+spool_app = typer.Typer(help="What could not be delivered and waits on disk.", no_args_is_help=True)
+app.add_typer(spool_app, name="spool")
+
+
+@spool_app.command("status")
+def spool_status(directory: _Dir = None, url: _Only = None) -> None:
+    """Say how much waits for each destination."""
+    with _clear_errors():
+        root = spool.root_of(spool.spool_settings(directory))
+        found = spool.destinations(root, url)
+        for destination in found:
+            draw.draw_spool_status(console, destination)
+        if not found:
+            console.print(f"Nothing is spooled in {plain(root)}", highlight=False, soft_wrap=True)
+
+
+@spool_app.command("list")
+def spool_list(directory: _Dir = None, url: _Only = None) -> None:
+    """List the segments, the oldest first."""
+    with _clear_errors():
+        for destination in spool.destinations(spool.root_of(spool.spool_settings(directory)), url):
+            draw.draw_spool_segments(console, destination)
+
+
+@spool_app.command("replay")
+def spool_replay(
+    directory: _Dir = None,
+    url: _Only = None,
+    token: _Token = None,
+    to: Annotated[str | None, typer.Option(help="Another server than the one that it was recorded for.")] = None,
+    dead_letter: _DeadLetter = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also on a file system without locks: no service may be writing there.")
+    ] = False,
+) -> None:
+    """Deliver what ended processes left. What running ones hold is theirs to deliver."""
+    with _clear_errors():
+        root = spool.root_of(spool.spool_settings(directory))
+        found = spool.destinations(root, url)
+        spool.check_replay(found, to=to, token=token)
+        complete = True
+        for destination in found:
+            settings = spool.spool_settings(root, to or destination.address, token)
+            total = 0 if dead_letter else sum(kept.size for kept in destination.left_over())
+            with _progress("Delivering", total) as advance:
+                result = spool.replay(destination, settings, advance, dead_letter=dead_letter, force=force)
+            draw.draw_replayed(console, destination, result)
+            complete = complete and result.complete
+        if not found:
+            console.print(f"Nothing is spooled in {plain(root)}", highlight=False, soft_wrap=True)
+        if not complete:
+            raise typer.Exit(1)
+
+
+@spool_app.command("export")
+def spool_export(
+    file: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    directory: _Dir = None,
+    url: _Only = None,
+    dead_letter: _DeadLetter = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Copy the events into a file that can be ingested elsewhere; the spool stays as it is."""
+    with _clear_errors():
+        found = spool.destinations(spool.root_of(spool.spool_settings(directory)), url)
+        result = spool.export(found, file, dead_letter=dead_letter, force=force)
+        what = "refused events" if dead_letter else "events"
+        console.print(f"{result.events:,} {what} copied, {result.damaged:,} damaged lines left out", highlight=False)
+        if result.in_use:
+            console.print(f"  {result.in_use:,} of them running services will deliver as well", highlight=False)
+
+
+@spool_app.command("purge")
+def spool_purge(
+    directory: _Dir = None,
+    url: _Only = None,
+    dead_letter: _DeadLetter = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also on a file system without locks: no service may be writing there.")
+    ] = False,
+) -> None:
+    """Delete what ended processes left, undelivered."""
+    with _clear_errors():
+        settings = spool.spool_settings(directory)
+        found = spool.destinations(spool.root_of(settings), url)
+        purges = [spool.Purge.of(destination, dead_letter=dead_letter) for destination in found]
+        for purge in purges:
+            console.print(f"{purge.events:,} events for {plain(purge.destination.address)}", highlight=False)
+        total = sum(purge.events for purge in purges)
+        if any(purge.segments or purge.events for purge in purges):
+            if not yes:
+                typer.confirm(f"Delete {total:,} events for good?", abort=True)
+            deleted = sum(purge.run(settings, force=force) for purge in purges)
+            console.print(f"{deleted:,} events deleted", highlight=False)
+            if deleted < total:
+                raise EvalVaultError(
+                    f"{total - deleted:,} events were not deleted: another process has adopted them, or the file "
+                    "system has no locks (then stop the services that write there, and give --force)"
+                )
+        else:
+            console.print("Nothing to delete", highlight=False)

@@ -1,9 +1,10 @@
 """
 Draw a run in the terminal.
 
-In:   the objects that the API returns.
-Out:  rich tables: stage types, one trace as a waterfall, failing metrics, recommendations.
-Pure, but for the console it draws on. What events hold is escaped: a query with brackets is no markup.
+In:   the objects that the API returns; what is spooled, and what was done with it.
+Out:  rich tables: stage types, one trace as a waterfall, failing metrics, recommendations; the spool.
+Pure, but for the console it draws on, and the spool, which is read as it is drawn. What events hold is escaped:
+a query with brackets is no markup.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+
+from evalvault_sdk.cli.spool import Destination, Kept, Replayed
 
 #: Cells of a waterfall's bars at least and at most, and of everything beside them.
 _MIN_BAR, _MAX_BAR, _BESIDE_BAR = 12, 40, 62
@@ -164,3 +168,64 @@ def draw_recommendations(console: Console, report: Mapping[str, Any]) -> None:
         console.print("[bold]Recommendations[/]")
         for text in report["recommendations"]:
             console.print(Padding(f"• {plain(text)}", (0, 0, 0, 2)), highlight=False)
+
+
+def _age(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _holder(kept: Kept) -> str:
+    return {True: "in use", False: "left over", None: "not known: no locks"}[kept.in_use]
+
+
+def draw_spool_status(console: Console, destination: Destination) -> None:
+    """Draw what waits for one destination, and since when."""
+    segments = destination.segments()
+    held = [_holder(kept) for kept in segments]
+    table = Table(title=plain(destination.address), title_justify="left", show_header=False)
+    table.add_row("folder", plain(destination.folder))
+    table.add_row("events", f"{sum(kept.count() for kept in segments):,}")
+    table.add_row("on disk", decimal(sum(kept.size for kept in segments)))
+    table.add_row("oldest", _age(segments[0].age_s()) if segments else "-")
+    for holder in ("in use", "left over", "not known: no locks"):
+        if holder in held or not holder.startswith("not known"):
+            table.add_row(f"segments {holder}", f"{held.count(holder):,}")
+    table.add_row("dead letter", f"{sum(1 for _ in destination.letters()):,}")
+    console.print(table)
+
+
+def draw_spool_segments(console: Console, destination: Destination) -> None:
+    """Draw a line per segment."""
+    table = Table(title=plain(destination.address), title_justify="left")
+    for name in ("begun", "age", "owner", "held"):
+        table.add_column(name, no_wrap=True)
+    for name in ("events", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kept in destination.segments():
+        begun = datetime.fromtimestamp(kept.begun_ms / 1000).astimezone()
+        table.add_row(
+            begun.isoformat(sep=" ", timespec="seconds"),
+            _age(kept.age_s()),
+            kept.owner,
+            _holder(kept),
+            f"{kept.count():,}",
+            decimal(kept.size),
+        )
+    console.print(table)
+
+
+def draw_replayed(console: Console, destination: Destination, result: Replayed) -> None:
+    """Say what became of what was to be delivered."""
+    console.print(
+        f"{plain(destination.address)}: {result.stored:,} events stored, {result.refused:,} refused, "
+        f"{result.left:,} left",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.refused or result.damaged:
+        damaged = f", and {result.damaged:,} damaged lines" if result.damaged else ""
+        console.print(f"  what was refused{damaged} is in {plain(destination.dead_letter)}", highlight=False)
+    if result.in_use:
+        console.print(f"  {result.in_use:,} segments are in use: running services deliver them", highlight=False)
+    if result.failure:
+        console.print(f"  [red]{plain(result.failure)}[/]", highlight=False, soft_wrap=True)

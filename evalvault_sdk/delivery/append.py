@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -52,6 +54,19 @@ def append_lines(
             return
         finally:
             os.close(file)  # lets go of the lock, too
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[BinaryIO]:
+    """
+    Open a file that others append to, and let them wait while it is read, or emptied (but never removed).
+
+    Raises `OSError`, also where the file system has no locks.
+    """
+    with path.open("r+b") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def _lock(file: int, until: float) -> None:

@@ -64,12 +64,8 @@ from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Share
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits, split_shares
 from evalvault_sdk.delivery.deadletter import DeadLetter
 from evalvault_sdk.delivery.folder import folder_of, make_folder
+from evalvault_sdk.delivery.lock import is_named, take_lock, unlock
 from evalvault_sdk.delivery.segment import Line, Segment
-
-try:
-    import fcntl
-except ImportError:  # no POSIX
-    fcntl = None  # type: ignore[assignment]
 
 #: What becomes of events for which the disk has no room: the oldest ones make it, or they are not written.
 SpoolPolicy = Literal["drop_oldest", "drop_newest"]
@@ -81,7 +77,7 @@ _SEGMENT_BYTES = 4 << 20
 #: After the disk failed, so many seconds pass before it is tried again: each try costs a system call.
 _FAULT_PAUSE_S = 1.0
 #: Segments without a lock file are adopted when nobody has written to them for so many seconds.
-_UNLOCKED_AGE_S = 60.0
+UNLOCKED_AGE_S = 60.0
 #: A segment that cannot be read is tried again after so many seconds.
 _UNREADABLE_PAUSE_S = 10.0
 #: Another process that looks around may take a lock file in the instant before it is locked.
@@ -120,6 +116,7 @@ class Spool:
         max_bytes: int,
         max_age_s: float,
         policy: SpoolPolicy = "drop_oldest",
+        without_locks: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder_of(root, destination)
@@ -129,6 +126,8 @@ class Spool:
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._policy = policy
+        #: Whether to adopt where the file system has no locks: somebody has seen to it that no owner lives.
+        self._without_locks = without_locks
         self._clock = clock
         self.segment_bytes = max(1, min(_SEGMENT_BYTES, max_bytes // 8))
         self.dead_letter = DeadLetter(self.folder, destination, max_bytes=max(1 << 16, max_bytes // 16))
@@ -521,7 +520,7 @@ class Spool:
             pass
         with self._ledger.lock:
             self._bytes = total
-            if self._lock is not None and not _is_named(self._lock, self._lock_path(self._owner or "")):
+            if self._lock is not None and not is_named(self._lock, self._lock_path(self._owner or "")):
                 self._let_go()
 
         def oldest(owner: str) -> str:
@@ -549,7 +548,7 @@ class Spool:
             now = self._clock()
             if not self.locks_work:
                 return
-            if not has_lock and not all(_age_s(entry.path, now) > _UNLOCKED_AGE_S for entry in entries):
+            if not has_lock and not all(_age_s(entry.path, now) > UNLOCKED_AGE_S for entry in entries):
                 return
             if not entries and _age_s(self._lock_path(owner), now) < _EMPTY_LOCK_AGE_S:
                 return
@@ -587,7 +586,7 @@ class Spool:
         with self._ledger.lock:
             left = {segment.owner for segment in self._backlog}
             for owner in self._adopted.keys() - left:
-                _unlock(self._adopted.pop(owner), self._lock_path(owner))
+                unlock(self._adopted.pop(owner), self._lock_path(owner))
 
     def _drop_expired(self) -> None:
         oldest_ms = (self._clock() - self._max_age_s) * 1000
@@ -600,31 +599,11 @@ class Spool:
         return f"{self._path}/{owner}.lock"
 
     def _take_lock(self, owner: str, *, make: bool) -> tuple[int | None, bool]:
-        """Return the owner's lock file, opened, if nobody else holds it; and whether it is truly locked."""
-        path = self._lock_path(owner)
-        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | (os.O_CREAT if make else 0)
-        try:
-            file = os.open(path, flags, 0o600)
-        except FileNotFoundError:
-            if make:
-                raise
-            return None, False
-        if fcntl is None:
-            self.locks_work = False
-            return file, False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            return None, False
-        except OSError:
-            # A file system without locks: we write, but adopt nothing.
-            self.locks_work = False
-            return file, False
-        if not _is_named(file, path):
-            os.close(file)
-            return None, False
-        return file, True
+        """Return the owner's lock file, opened, if nobody else holds it; and whether it is ours alone."""
+        file, locked = take_lock(self._lock_path(owner), make=make)
+        if file is not None and not locked:  # no locks here: we write, but adopt nothing unless we are told to
+            self.locks_work, locked = self._without_locks, self._without_locks
+        return file, locked
 
     def _let_go(self) -> None:
         """Our lock file is gone, and with it our ownership: what comes next gets a new owner."""
@@ -651,7 +630,7 @@ class Spool:
                     with contextlib.suppress(OSError):
                         os.close(self._lock)  # lets go of the lock; the file is for the adopter
                 else:
-                    _unlock(self._lock, self._lock_path(self._owner))
+                    unlock(self._lock, self._lock_path(self._owner))
             for lock in self._adopted.values():
                 with contextlib.suppress(OSError):
                     os.close(lock)
@@ -711,18 +690,3 @@ def _age_s(path: str, now: float) -> float:
         return now - os.stat(path, follow_symlinks=False).st_mtime
     except OSError:
         return 0.0
-
-
-def _is_named(file: int, path: str) -> bool:
-    try:
-        return os.fstat(file).st_ino == os.stat(path, follow_symlinks=False).st_ino
-    except OSError:
-        return False
-
-
-def _unlock(file: int, path: str) -> None:
-    """Remove a lock file that we hold, then let go of it."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    with contextlib.suppress(OSError):
-        os.close(file)

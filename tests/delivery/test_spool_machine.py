@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from evalvault_sdk.delivery import folder, segment, spool
+from evalvault_sdk.delivery import folder, lock, segment, spool
 from evalvault_sdk.delivery.account import Account, Ledger
 from evalvault_sdk.delivery.batch import BatchLimits
 from evalvault_sdk.delivery.queue import EventQueue
@@ -95,9 +95,10 @@ class SpoolMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(segment, "os", self.os)
         self.patch.setattr(spool, "os", self.os)
+        self.patch.setattr(lock, "os", self.os)
         self.patch.setattr(spool, "_FAULT_PAUSE_S", 0.0)
         self.patch.setattr(spool, "_UNREADABLE_PAUSE_S", 0.0)
-        self.patch.setattr(spool, "_UNLOCKED_AGE_S", -1.0)
+        self.patch.setattr(spool, "UNLOCKED_AGE_S", -1.0)
         self.patch.setattr(spool, "_EMPTY_LOCK_AGE_S", -1.0)
         self.patch.setattr(spool, "_SEGMENT_BYTES", 200)
         self.number = 0
