@@ -267,38 +267,7 @@ class Settings:
         An argument that is None counts as not given. What is disabled in either place is disabled. Raises
         `ConfigurationError`.
         """
-        environ = os.environ if environ is None else environ
-        fields = {field.name: field for field in attrs.fields(cls)}
-        for name in given:
-            if name not in fields:
-                close = difflib.get_close_matches(name, fields, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(fields)}"
-                raise ConfigurationError(f"there is no setting {name!r}{hint}")
-        values = {name: value for name, value in given.items() if value is not None}
-        destinations = [name for name in _DESTINATIONS if name in values]
-        if len(destinations) > 1:
-            raise ConfigurationError(f"give one of {' and '.join(destinations)}: events go to one place")
-        # A place that the code names wins over one that a variable names.
-        kept_out = set(_DESTINATIONS) if destinations else set()
-        from_environ: dict[str, str] = {}
-        for name, field in fields.items():
-            variable = field.metadata["env"]
-            # A disabling variable is a switch for operators: it wins over what the code says.
-            if variable is None or not environ.get(variable) or (name in values and name != "enabled"):
-                continue
-            if name in kept_out:
-                continue
-            try:
-                value = field.metadata["read"](environ[variable])
-            except ValueError as error:
-                raise ConfigurationError(f"the variable {variable} {error}") from None
-            values[name] = value if name != "enabled" else value and values.get("enabled", True)
-            from_environ[name] = variable
-        from_variables = [from_environ[name] for name in _DESTINATIONS if name in from_environ]
-        if len(from_variables) > 1:
-            raise ConfigurationError(f"set one of {' and '.join(from_variables)}: events go to one place")
-        # Its validator says what to do; a program that is switched off need not have one.
-        values.setdefault("run_id", None if values.get("enabled", True) else "disabled")
+        values, from_environ = _collect(environ, given)
         try:
             return cls(**values)
         except ConfigurationError as error:
@@ -306,6 +275,57 @@ class Settings:
             if variable is None:
                 raise
             raise ConfigurationError(f"{error} (from the variable {variable})") from None
+
+    @classmethod
+    def sources(cls, environ: Mapping[str, str] | None = None, **given: Any) -> dict[str, str]:
+        """
+        Return where each setting in force comes from: `"argument"`, the name of a variable, or `"default"`.
+
+        Takes what `resolve` takes. Raises `ConfigurationError` for a variable that cannot be read.
+        """
+        values, from_environ = _collect(environ, given)
+        return {
+            field.name: from_environ.get(field.name)
+            or ("argument" if values.get(field.name) is not None else "default")
+            for field in attrs.fields(cls)
+        }
+
+
+def _collect(environ: Mapping[str, str] | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values that are not defaults, and of those from variables the names of these."""
+    environ = os.environ if environ is None else environ
+    fields = {field.name: field for field in attrs.fields(Settings)}
+    for name in given:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(fields)}"
+            raise ConfigurationError(f"there is no setting {name!r}{hint}")
+    values = {name: value for name, value in given.items() if value is not None}
+    destinations = [name for name in _DESTINATIONS if name in values]
+    if len(destinations) > 1:
+        raise ConfigurationError(f"give one of {' and '.join(destinations)}: events go to one place")
+    # A place that the code names wins over one that a variable names.
+    kept_out = set(_DESTINATIONS) if destinations else set()
+    from_environ: dict[str, str] = {}
+    for name, field in fields.items():
+        variable = field.metadata["env"]
+        # A disabling variable is a switch for operators: it wins over what the code says.
+        if variable is None or not environ.get(variable) or (name in values and name != "enabled"):
+            continue
+        if name in kept_out:
+            continue
+        try:
+            value = field.metadata["read"](environ[variable])
+        except ValueError as error:
+            raise ConfigurationError(f"the variable {variable} {error}") from None
+        values[name] = value if name != "enabled" else value and values.get("enabled", True)
+        from_environ[name] = variable
+    from_variables = [from_environ[name] for name in _DESTINATIONS if name in from_environ]
+    if len(from_variables) > 1:
+        raise ConfigurationError(f"set one of {' and '.join(from_variables)}: events go to one place")
+    # Its validator says what to do; a program that is switched off need not have one.
+    values.setdefault("run_id", None if values.get("enabled", True) else "disabled")
+    return values, from_environ
 
 
 #: The settings that say where events go.

@@ -31,7 +31,13 @@ ONLY_IN = {
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
     "tenacity": {"delivery/breaker.py"},
-    "requests": {"delivery/transport/http.py", "delivery/transport/deadline.py", "cli/source.py", "cli/demo.py"},
+    "requests": {
+        "delivery/transport/http.py",
+        "delivery/transport/deadline.py",
+        "cli/source.py",
+        "cli/demo.py",
+        "cli/doctor.py",
+    },
 }
 
 

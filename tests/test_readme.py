@@ -76,7 +76,7 @@ def test_every_block_of_code_runs(server: LiveServer, tmp_path: Path, number: in
 
 def test_every_command_is_one() -> None:
     named = set(re.findall(r"\$ evalvault-sdk (\w+)", README))
-    assert named == {"serve", "ingest", "show", "spool", "demo"}
+    assert named == {"serve", "ingest", "show", "spool", "doctor", "demo"}
     for name in named:
         done = subprocess.run(
             [sys.executable, "-m", "evalvault_sdk.cli", name, "--help"], env=clean_environment(), capture_output=True

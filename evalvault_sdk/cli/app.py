@@ -8,6 +8,7 @@ Out:  calls to the modules that do the work; every expected error as one line on
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -159,6 +160,25 @@ def show(
             draw.draw_waterfall(console, draw.slowest_tree(source.events(run_id)), "Slowest stages (without trace ids)")
         draw.draw_failing(console, report)
         draw.draw_recommendations(console, report)
+
+
+@app.command()
+def doctor(
+    url: Annotated[str | None, typer.Option(help="The server. [default: EVALVAULT_API_URL, as the SDK]")] = None,
+    token: Annotated[str | None, typer.Option(help="The server's token. [default: EVALVAULT_API_TOKEN]")] = None,
+) -> None:
+    """Find out why events do not arrive: settings, network, server, disk. Stores nothing."""
+    with _clear_errors():
+        from evalvault_sdk.cli.doctor import examine, resolve
+
+        settings, shown = resolve(os.environ, api_url=url, token=token)
+        draw.draw_settings(console, shown)
+        problems = 0
+        for finding in examine(settings, os.environ):
+            draw.draw_finding(console, finding)
+            problems += finding.state == "problem"
+        if problems:
+            raise typer.Exit(1)
 
 
 spool_app = typer.Typer(help="What could not be delivered and waits on disk.", no_args_is_help=True)

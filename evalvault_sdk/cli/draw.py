@@ -1,7 +1,7 @@
 """
 Draw a run in the terminal.
 
-In:   the objects that the API returns; what is spooled, and what was done with it.
+In:   the objects that the API returns; what is spooled, and what was done with it; what the doctor found.
 Out:  rich tables: stage types, one trace as a waterfall, failing metrics, recommendations; the spool.
 Pure, but for the console it draws on, and the spool, which is read as it is drawn. What events hold is escaped:
 a query with brackets is no markup.
@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -21,7 +21,9 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from evalvault_sdk.cli.spool import Destination, Kept, Replayed
+if TYPE_CHECKING:
+    from evalvault_sdk.cli.doctor import Finding, Setting
+    from evalvault_sdk.cli.spool import Destination, Kept, Replayed
 
 #: Cells of a waterfall's bars at least and at most, and of everything beside them.
 _MIN_BAR, _MAX_BAR, _BESIDE_BAR = 12, 40, 62
@@ -229,3 +231,23 @@ def draw_replayed(console: Console, destination: Destination, result: Replayed) 
         console.print(f"  {result.in_use:,} segments are in use: running services deliver them", highlight=False)
     if result.failure:
         console.print(f"  [red]{plain(result.failure)}[/]", highlight=False, soft_wrap=True)
+
+
+def draw_settings(console: Console, settings: Iterable[Setting]) -> None:
+    """Draw the settings in force, and where each comes from."""
+    table = Table(title="Settings", title_justify="left")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
+    for setting in settings:
+        style = "dim" if setting.source == "default" else None
+        table.add_row(setting.name, plain(setting.value), plain(setting.source), style=style)
+    console.print(table)
+
+
+def draw_finding(console: Console, finding: Finding) -> None:
+    """Say what a check found, and what to do."""
+    mark = {"ok": "[green]OK     [/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}[finding.state]
+    console.print(f"{mark} {finding.what}: {plain(finding.text)}", highlight=False, soft_wrap=True)
+    if finding.advice:
+        console.print(f"        -> {plain(finding.advice)}", highlight=False, soft_wrap=True)

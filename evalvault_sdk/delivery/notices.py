@@ -172,7 +172,7 @@ class Notices:
             self._log.warn(
                 "locks",
                 "the file system of %s has no locks: what ended processes leave there is not delivered by itself, "
-                "but by `evalvault-sdk spool replay`",
+                "but by `evalvault-sdk spool replay --force`",
                 spool.folder,
             )
 

@@ -22,7 +22,7 @@ Ownership
     containers that share a volume. Whoever gets the lock of another owner adopts its segments. A lock counts
     only if the file it is on still has its name, since an adopter removes the file with the last segment. A lock
     file that is missing while segments are there is made by the adopter, once they are a minute old. On a file
-    system without locks nothing is adopted; `evalvault-sdk spool replay` delivers what is left there.
+    system without locks nothing is adopted; `evalvault-sdk spool replay --force` delivers what is left there.
 
 Writing
     One `write` with O_APPEND for each append, a line's end after every event. What fails half-way is cut off

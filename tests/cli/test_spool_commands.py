@@ -22,6 +22,7 @@ import pytest
 
 from evalvault_sdk.cli import spool
 from evalvault_sdk.delivery.deadletter import DeadLetter
+from evalvault_sdk.delivery.folder import folder_of
 from tests.cli.test_commands import command
 from tests.support import LiveServer, clean_environment, free_port, live_server, wait_for
 
@@ -300,7 +301,7 @@ def test_what_waits_for_a_file_is_replayed_only_to_a_server_that_is_named(
     ended_service(run, "http://127.0.0.1:9")
     folder = only(root).folder
     path = str(tmp_path / "events.jsonl")
-    target = spool.folder_of(root, path)
+    target = folder_of(root, path)
     folder.rename(target)
     (target / "destination").write_text(path + "\n")
     done = command("spool", "replay")
