@@ -76,6 +76,11 @@ class StageTracer:
         """The run that stages of this tracer belong to."""
         return self.settings.run_id
 
+    @property
+    def destination(self) -> str:
+        """Where events go: the server's address, or a file."""
+        return self._outbox.destination
+
     def stage(
         self,
         stage_type: str,
@@ -229,4 +234,4 @@ class StageTracer:
         self.shutdown()
 
     def __repr__(self) -> str:
-        return f"StageTracer(run_id={self.run_id!r}, destination={self._outbox.destination!r})"
+        return f"StageTracer(run_id={self.run_id!r}, destination={self.destination!r})"

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "tracer": {"capture", "delivery"},
     "server": {"__init__"},
     "cli": {"server", "delivery", "capture", "__init__"},
+    "integrations": {"tracer", "delivery"},
     "__init__": {"capture", "delivery", "tracer"},
 }
 #: A third-party package, and the only places that may import it.
@@ -30,6 +31,7 @@ ONLY_IN = {
     "uvicorn": {"server/app.py"},
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
+    "prometheus_client": {"integrations/prometheus.py"},
     "tenacity": {"delivery/breaker.py"},
     "requests": {
         "delivery/transport/http.py",
@@ -84,6 +86,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "pydantic",
         "rich",
         "typer",
+        "prometheus_client",
         "asyncio",
         "sqlite3",
     }
