@@ -37,9 +37,13 @@ _MAX_NAMED = 20
 _Url = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_URL", help=f"The server. [default: {_DEFAULT_URL}]")]
 _Token = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_TOKEN", help="The server's token.")]
 _Dir = Annotated[
-    Path | None, typer.Option("--dir", help="The spools' folder. [default: EVALVAULT_SPOOL_DIR, or as the SDK]")
+    Path | None,
+    typer.Option("--dir", help="The folder of all spools; by default EVALVAULT_SPOOL_DIR, or where the SDK has them."),
 ]
-_Only = Annotated[str | None, typer.Option("--url", help="Only what goes to this server. [default: all destinations]")]
+_Only = Annotated[str | None, typer.Option("--url", help="Only what goes to this server; by default all destinations.")]
+_Force = Annotated[
+    bool, typer.Option("--force", help="Also on a file system without locks: no service may be writing there.")
+]
 _DeadLetter = Annotated[bool, typer.Option("--dead-letter", help="Of what the server refused, instead.")]
 _Db = Annotated[str | None, typer.Option(help="A database file, instead of a server.")]
 
@@ -164,8 +168,8 @@ def show(
 
 @app.command()
 def doctor(
-    url: Annotated[str | None, typer.Option(help="The server. [default: EVALVAULT_API_URL, as the SDK]")] = None,
-    token: Annotated[str | None, typer.Option(help="The server's token. [default: EVALVAULT_API_TOKEN]")] = None,
+    url: Annotated[str | None, typer.Option(help="The server; by default what the SDK takes.")] = None,
+    token: Annotated[str | None, typer.Option(help="The server's token; by default what the SDK takes.")] = None,
 ) -> None:
     """Find out why events do not arrive: settings, network, server, disk. Stores nothing."""
     with _clear_errors():
@@ -185,23 +189,27 @@ spool_app = typer.Typer(help="What could not be delivered and waits on disk.", n
 app.add_typer(spool_app, name="spool")
 
 
+def _spools(directory: Path | None, url: str | None) -> list[spool.Destination]:
+    root = spool.root_of(spool.spool_settings(directory))
+    found = spool.destinations(root, url)
+    if not found:
+        console.print(f"Nothing is spooled in {plain(root)}", highlight=False, soft_wrap=True)
+    return found
+
+
 @spool_app.command("status")
 def spool_status(directory: _Dir = None, url: _Only = None) -> None:
     """Say how much waits for each destination."""
     with _clear_errors():
-        root = spool.root_of(spool.spool_settings(directory))
-        found = spool.destinations(root, url)
-        for destination in found:
+        for destination in _spools(directory, url):
             draw.draw_spool_status(console, destination)
-        if not found:
-            console.print(f"Nothing is spooled in {plain(root)}", highlight=False, soft_wrap=True)
 
 
 @spool_app.command("list")
 def spool_list(directory: _Dir = None, url: _Only = None) -> None:
     """List the segments, the oldest first."""
     with _clear_errors():
-        for destination in spool.destinations(spool.root_of(spool.spool_settings(directory)), url):
+        for destination in _spools(directory, url):
             draw.draw_spool_segments(console, destination)
 
 
@@ -212,25 +220,20 @@ def spool_replay(
     token: _Token = None,
     to: Annotated[str | None, typer.Option(help="Another server than the one that it was recorded for.")] = None,
     dead_letter: _DeadLetter = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also on a file system without locks: no service may be writing there.")
-    ] = False,
+    force: _Force = False,
 ) -> None:
     """Deliver what ended processes left. What running ones hold is theirs to deliver."""
     with _clear_errors():
-        root = spool.root_of(spool.spool_settings(directory))
-        found = spool.destinations(root, url)
+        found = _spools(directory, url)
         spool.check_replay(found, to=to, token=token)
         complete = True
         for destination in found:
-            settings = spool.spool_settings(root, to or destination.address, token)
+            settings = spool.spool_settings(directory, to or destination.address, token)
             total = 0 if dead_letter else sum(kept.size for kept in destination.left_over())
             with _progress("Delivering", total) as advance:
                 result = spool.replay(destination, settings, advance, dead_letter=dead_letter, force=force)
             draw.draw_replayed(console, destination, result)
             complete = complete and result.complete
-        if not found:
-            console.print(f"Nothing is spooled in {plain(root)}", highlight=False, soft_wrap=True)
         if not complete:
             raise typer.Exit(1)
 
@@ -245,7 +248,9 @@ def spool_export(
 ) -> None:
     """Copy the events into a file that can be ingested elsewhere; the spool stays as it is."""
     with _clear_errors():
-        found = spool.destinations(spool.root_of(spool.spool_settings(directory)), url)
+        found = _spools(directory, url)
+        if not found:
+            return
         result = spool.export(found, file, dead_letter=dead_letter, force=force)
         what = "refused events" if dead_letter else "events"
         console.print(f"{result.events:,} {what} copied, {result.damaged:,} damaged lines left out", highlight=False)
@@ -259,15 +264,12 @@ def spool_purge(
     url: _Only = None,
     dead_letter: _DeadLetter = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also on a file system without locks: no service may be writing there.")
-    ] = False,
+    force: _Force = False,
 ) -> None:
     """Delete what ended processes left, undelivered."""
     with _clear_errors():
         settings = spool.spool_settings(directory)
-        found = spool.destinations(spool.root_of(settings), url)
-        purges = [spool.Purge.of(destination, dead_letter=dead_letter) for destination in found]
+        purges = [spool.Purge.of(destination, dead_letter=dead_letter) for destination in _spools(directory, url)]
         for purge in purges:
             console.print(f"{purge.events:,} events for {plain(purge.destination.address)}", highlight=False)
         total = sum(purge.events for purge in purges)
@@ -281,5 +283,5 @@ def spool_purge(
                     f"{total - deleted:,} events were not deleted: another process has adopted them, or the file "
                     "system has no locks (then stop the services that write there, and give --force)"
                 )
-        else:
+        elif purges:
             console.print("Nothing to delete", highlight=False)

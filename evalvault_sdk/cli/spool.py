@@ -83,7 +83,10 @@ class Destination:
     @property
     def is_ours(self) -> bool:
         """Whether it is this user's: services of another one could not use what we write there."""
-        return folder_of(self.folder.parent, self.address) == self.folder
+        try:
+            return folder_of(self.folder.parent, self.address) == self.folder
+        except ValueError:  # something has written over the address
+            return False
 
     @property
     def is_server(self) -> bool:
@@ -287,7 +290,7 @@ def _open_spool(destination: Destination, settings: Settings, ledger: Ledger, *,
 
 def _check_ours(destination: Destination) -> None:
     if not destination.is_ours:
-        raise EvalVaultError(f"{destination.folder} belongs to another user: run the command as that user")
+        raise EvalVaultError(f"{destination.folder} is not of this user and its address: run the command as its user")
 
 
 def _deliver(
