@@ -211,6 +211,7 @@ class _Watched(HttpTransport):
 
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
         """Post the batch once."""
+        self.failure = None
         outcome = super().send(batch, timeout_s=timeout_s)
         self.failure = outcome if isinstance(outcome, RetryLater) else None
         return outcome
@@ -299,8 +300,8 @@ def _deliver(
     """Deliver segment after segment; return why not all, if the server does not take them."""
     failing_since = time.monotonic()
     while True:
-        failure = transport.failure
-        if courier.breaker.failing and failure is not None:
+        if courier.breaker.failing:
+            failure = transport.failure or RetryLater("a fault in sending")
             wait_s = courier.breaker.wait_s()
             if failure.advice is not None or time.monotonic() + wait_s > failing_since + _GIVE_UP_AFTER_S:
                 return f"{transport.destination}: {failure.reason}; {failure.advice or 'try later'}"

@@ -57,15 +57,14 @@ def append_lines(
 
 
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[BinaryIO]:
+def hold(path: Path, *, wait_s: float = 10.0) -> Iterator[BinaryIO]:
     """
     Open a file that others append to, and let them wait while it is read, or emptied (but never removed).
 
-    Raises `OSError`, also where the file system has no locks.
+    Raises `OSError`, also if another process has the file locked for `wait_s` seconds.
     """
     with path.open("r+b") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file.fileno(), time.monotonic() + wait_s)
         yield file
 
 

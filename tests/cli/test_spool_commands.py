@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ import pytest
 from evalvault_sdk.cli import spool
 from evalvault_sdk.delivery.deadletter import DeadLetter
 from evalvault_sdk.delivery.folder import folder_of
+from evalvault_sdk.delivery.transport.http import HttpTransport
 from tests.cli.test_commands import command
 from tests.support import LiveServer, clean_environment, free_port, live_server, wait_for
 
@@ -286,6 +288,44 @@ def test_a_dead_letter_that_cannot_be_delivered_now_is_in_the_spool_and_not_lost
     assert (result.stored, result.left) == (0, 1)
     assert sum(kept.count() for kept in only(root).left_over()) == 4
     assert not list(only(root).letters())
+
+
+def test_what_is_refused_while_the_dead_letter_is_emptied_is_not_lost(run: str, url: str, root: Path) -> None:
+    ended_service(run, url)
+    destination = only(root)
+    dead_letter = DeadLetter(destination.folder, destination.address, max_bytes=1 << 20)
+    count = 200
+    found: list[int] = []
+
+    def refuse_all() -> None:
+        for number in range(count):
+            assert dead_letter.add([(json.dumps({"n": number}).encode(), "not then")])
+
+    def take(lines: Iterator[bytes]) -> list[bytes]:
+        found.extend(json.loads(line)["event"]["n"] for line in lines)
+        return []
+
+    thread = threading.Thread(target=refuse_all)
+    thread.start()
+    while thread.is_alive():
+        destination.empty_letters(take)
+    thread.join()
+    destination.empty_letters(take)
+    assert sorted(found) == list(range(count))
+
+
+def test_a_fault_in_sending_ends_the_replay_and_loses_nothing(
+    run: str, url: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise ValueError("a fault")
+
+    ended_service(run, url)
+    monkeypatch.setattr(HttpTransport, "send", fail)
+    monkeypatch.setattr(spool, "_GIVE_UP_AFTER_S", 0.2)
+    result = spool.replay(only(root), spool.spool_settings(root, url), lambda size: None)
+    assert (result.stored, result.left) == (0, 3)
+    assert "a fault in sending" in str(result.failure)
 
 
 def test_a_token_is_not_sent_to_several_servers(run: str, root: Path) -> None:
