@@ -49,7 +49,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import errno
 import itertools
 import os
 import re
@@ -64,7 +63,7 @@ from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Share
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits, split_shares
 from evalvault_sdk.delivery.deadletter import DeadLetter
 from evalvault_sdk.delivery.folder import folder_of, make_folder
-from evalvault_sdk.delivery.lock import is_named, take_lock, unlock
+from evalvault_sdk.delivery.lock import Owners
 from evalvault_sdk.delivery.segment import Line, Segment
 
 #: What becomes of events for which the disk has no room: the oldest ones make it, or they are not written.
@@ -80,8 +79,6 @@ _FAULT_PAUSE_S = 1.0
 UNLOCKED_AGE_S = 60.0
 #: A segment that cannot be read is tried again after so many seconds.
 _UNREADABLE_PAUSE_S = 10.0
-#: Another process that looks around may take a lock file in the instant before it is locked.
-_BEGINNINGS = 8
 #: A lock file without segments is removed when it is so many seconds old: its owner may just be beginning.
 _EMPTY_LOCK_AGE_S = 10.0
 #: When more single events than this fail, it is not for what they hold.
@@ -126,17 +123,13 @@ class Spool:
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._policy = policy
-        #: Whether to adopt where the file system has no locks: somebody has seen to it that no owner lives.
-        self._without_locks = without_locks
+        self._owners = Owners(self._path, without_locks=without_locks)
         self._clock = clock
         self.segment_bytes = max(1, min(_SEGMENT_BYTES, max_bytes // 8))
         self.dead_letter = DeadLetter(self.folder, destination, max_bytes=max(1 << 16, max_bytes // 16))
         self._start_over()
 
     def _start_over(self) -> None:
-        self._owner: str | None = None
-        self._lock: int | None = None
-        self._adopted: dict[str, int] = {}
         #: Closed segments whose events are to be delivered, oldest first; a journal's newest are apart.
         self._backlog: list[Segment] = []
         self._fresh: list[Segment] = []
@@ -157,8 +150,6 @@ class Spool:
         self.full = False
         #: What is wrong with the folder, for a log line; the worker says it.
         self.fault: str | None = None
-        #: Whether the folder's file system has locks.
-        self.locks_work = True
 
     # -- writing ------------------------------------------------------------------------------------
 
@@ -263,31 +254,20 @@ class Spool:
             try:
                 return self._create(now)
             except FileNotFoundError:  # somebody removed the folder: then our lock is gone, too
-                self._let_go()
+                self._owners.let_go()
                 return self._create(now)
         except OSError as error:
             self._failed(error)
             return None
 
     def _create(self, now: float) -> Segment:
-        if self._owner is None:
-            self._begin()
-        assert self._owner is not None  # noqa: S101 - _begin set it, or raised
+        if self._owners.own is None:
+            make_folder(self.folder, self._destination)
+        owner = self._owners.begin()
         self._number += 1
         self._last_ms = max(int(now * 1000), self._last_ms)  # a clock that was set back must not change the order
-        name = f"{self._last_ms:013d}-{self._owner}-{self._number:06d}.jsonl"
-        return Segment.create(f"{self._path}/{name}", self._last_ms, self._owner)
-
-    def _begin(self) -> None:
-        """Become an owner: make the folder and a lock of our own."""
-        make_folder(self.folder, self._destination)
-        for _ in range(_BEGINNINGS):
-            owner = os.urandom(8).hex()
-            lock, _locked = self._take_lock(owner, make=True)
-            if lock is not None:
-                self._owner, self._lock = owner, lock
-                return
-        raise BlockingIOError(errno.EWOULDBLOCK, "the lock file could not be locked")
+        name = f"{self._last_ms:013d}-{owner}-{self._number:06d}.jsonl"
+        return Segment.create(f"{self._path}/{name}", self._last_ms, owner)
 
     def _failed(self, error: OSError) -> None:
         self._failed_at = self._clock()
@@ -313,7 +293,7 @@ class Spool:
         lost = sum(share.count for share in segment.shares)
         for share in segment.shares:
             share.account.lose(share, reason, in_flight=False)
-        if segment.owner in self._adopted:
+        if self._owners.has_adopted(segment.owner):
             inherited = self._ledger.inherited
             with contextlib.suppress(OSError):
                 count = max(0, _count_lines(segment) - lost)
@@ -520,17 +500,16 @@ class Spool:
             pass
         with self._ledger.lock:
             self._bytes = total
-            if self._lock is not None and not is_named(self._lock, self._lock_path(self._owner or "")):
-                self._let_go()
+            self._owners.check()
 
         def oldest(owner: str) -> str:
             return min((entry.name for entry in found.get(owner, [])), default="")
 
         self._left_others = False
         for owner in sorted(found.keys() | locks, key=oldest):
-            if owner == self._owner:
+            if owner == self._owners.own:
                 continue
-            if len(self._adopted) == _MAX_ADOPTED and owner not in self._adopted:
+            if self._owners.adopted == _MAX_ADOPTED and not self._owners.has_adopted(owner):
                 self._left_others = True
                 break
             self._adopt(owner, found.get(owner, []), has_lock=owner in locks)
@@ -543,25 +522,16 @@ class Spool:
         return self._left_others and not self._backlog
 
     def _adopt(self, owner: str, entries: list[os.DirEntry[str]], *, has_lock: bool) -> None:
-        lock = self._adopted.get(owner)
-        if lock is None:
+        if not self._owners.has_adopted(owner):
             now = self._clock()
             if not self.locks_work:
                 return
             if not has_lock and not all(_age_s(entry.path, now) > UNLOCKED_AGE_S for entry in entries):
                 return
-            if not entries and _age_s(self._lock_path(owner), now) < _EMPTY_LOCK_AGE_S:
+            if not entries and _age_s(self._owners.path(owner), now) < _EMPTY_LOCK_AGE_S:
                 return
-            try:
-                lock, free = self._take_lock(owner, make=not has_lock)
-            except OSError:  # not now: too many open files, say
+            if not self._owners.adopt(owner, make=not has_lock):
                 return
-            if lock is None:
-                return
-            if not free:
-                os.close(lock)
-                return
-            self._adopted[owner] = lock
             # Listed again: whoever had the lock may have delivered some since, and written more.
             entries = self._segments_of(owner)
         known = {segment.path for segment in self._backlog}
@@ -580,13 +550,15 @@ class Spool:
         return []
 
     def _clear_adopted(self) -> None:
-        """Let go of the owners that have no segment left, and remove their lock files."""
-        if not self._adopted:
-            return
-        with self._ledger.lock:
-            left = {segment.owner for segment in self._backlog}
-            for owner in self._adopted.keys() - left:
-                unlock(self._adopted.pop(owner), self._lock_path(owner))
+        """Let go of the owners that have no segment left."""
+        if self._owners.adopted:
+            with self._ledger.lock:
+                self._owners.keep_adopted(segment.owner for segment in self._backlog)
+
+    @property
+    def locks_work(self) -> bool:
+        """Whether the folder's file system has locks."""
+        return self._owners.locks_work
 
     def _drop_expired(self) -> None:
         oldest_ms = (self._clock() - self._max_age_s) * 1000
@@ -594,23 +566,6 @@ class Spool:
             for segment in [*self._backlog, *self._fresh]:
                 if segment.created_ms < oldest_ms:
                     self._discard(segment, "expired")
-
-    def _lock_path(self, owner: str) -> str:
-        return f"{self._path}/{owner}.lock"
-
-    def _take_lock(self, owner: str, *, make: bool) -> tuple[int | None, bool]:
-        """Return the owner's lock file, opened, if nobody else holds it; and whether it is ours alone."""
-        file, locked = take_lock(self._lock_path(owner), make=make)
-        if file is not None and not locked:  # no locks here: we write, but adopt nothing unless we are told to
-            self.locks_work, locked = self._without_locks, self._without_locks
-        return file, locked
-
-    def _let_go(self) -> None:
-        """Our lock file is gone, and with it our ownership: what comes next gets a new owner."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._lock)
-        self._owner = self._lock = None
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -625,15 +580,8 @@ class Spool:
                     self._discard(segment, "damaged")
                 with contextlib.suppress(OSError):
                     segment.close()
-            if self._lock is not None and self._owner is not None:
-                if busy or any(segment.owner == self._owner for segment in (*self._fresh, *self._backlog)):
-                    with contextlib.suppress(OSError):
-                        os.close(self._lock)  # lets go of the lock; the file is for the adopter
-                else:
-                    unlock(self._lock, self._lock_path(self._owner))
-            for lock in self._adopted.values():
-                with contextlib.suppress(OSError):
-                    os.close(lock)
+            own = self._owners.own
+            self._owners.close(left=busy or any(segment.owner == own for segment in (*self._fresh, *self._backlog)))
             fault = self.fault
             self._start_over()
             self._closed, self.fault = True, fault
@@ -653,16 +601,11 @@ class Spool:
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone: they are its own to deliver. Closing our copies frees no lock of its."""
-        files = [self._lock, *self._adopted.values()]
-        segments = [self._direct, self._parked, *self._fresh, *self._backlog]
-        for segment in segments:
+        for segment in (self._direct, self._parked, *self._fresh, *self._backlog):
             if segment is not None:
                 with contextlib.suppress(OSError):
                     segment.close()
-        for file in files:
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    os.close(file)
+        self._owners.after_fork_in_child()
         self._start_over()
 
 

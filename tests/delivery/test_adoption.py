@@ -28,8 +28,8 @@ def append(spool: Spool, event: bytes) -> bool:
 
 def die(spool: Spool) -> None:
     """End as a killed process does: the system lets go of the lock."""
-    assert spool._lock is not None
-    os.close(spool._lock)
+    assert spool._owners._lock is not None
+    os.close(spool._owners._lock)
 
 
 @pytest.mark.parametrize("adopter", ["has it", "has let go of it"])
@@ -65,14 +65,14 @@ def test_what_a_process_wrote_last_is_found_by_who_was_already_looking_around(
     dying, adopter = make(tmp_path), make(tmp_path)
     assert append(dying, b'{"n": 1}')
     dying.seal()
-    take_lock = adopter._take_lock
+    take_lock = adopter._owners._take
 
     def die_just_before(owner: str, **options: Any) -> Any:
         assert append(dying, b'{"n": 2}')
         die(dying)
         return take_lock(owner, **options)
 
-    monkeypatch.setattr(adopter, "_take_lock", die_just_before)
+    monkeypatch.setattr(adopter._owners, "_take", die_just_before)
     adopter.look_around()
     found = b"".join(Path(segment.path).read_bytes() for segment in adopter._backlog)
     assert found == b'{"n": 1}\n{"n": 2}\n'

@@ -74,7 +74,7 @@ def test_a_request_that_fails_at_the_instant_at_which_time_is_up_loses_and_doubl
         assert set(on_disk(root)) == set(range(4000))
         spool = outbox.worker._spool
         assert spool is not None
-        assert spool._lock is None, "the next process can have it"
+        assert spool._owners._lock is None, "the next process can have it"
 
 
 @pytest.mark.parametrize("how", ["SIGTERM, by default", "SIGTERM, in the program's own handler"])
