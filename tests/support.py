@@ -134,6 +134,8 @@ class MemoryTransport:
 class ListSink:
     """A sink for capture alone: what was put, and why something was refused."""
 
+    closed = False
+
     def __init__(self) -> None:
         self.put_events: list[bytes] = []
         self.refused: list[str] = []

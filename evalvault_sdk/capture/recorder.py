@@ -20,6 +20,9 @@ RefusalReason = Literal["invalid", "internal_error"]
 class Sink(Protocol):
     """Where encoded events go: the queue, or in tests a list."""
 
+    #: Whether it takes no more.
+    closed: bool
+
     def put(self, event: bytes) -> bool:
         """Take an event, or count it as dropped and return False. Never raises, never blocks."""
 
@@ -40,7 +43,12 @@ class Recorder:
     def record(self, fields: dict[str, Any]) -> bool:
         """Encode an event and put it into the sink; say whether it was taken."""
         try:
-            return self.sink.put(encode(fields))
+            taken = self.sink.put(encode(fields))
+            if not taken and self.sink.closed:
+                self._log.warn(
+                    "closed", "a stage was recorded after shutdown() and is lost; further ones are counted as 'closed'"
+                )
+            return taken
         except Exception as error:  # noqa: BLE001 - see the module's promise
             self.fault("recording a stage", error)
             return False

@@ -261,6 +261,8 @@ class StageContext:
 class _Nowhere:
     """A sink for stages that nobody measures."""
 
+    closed = False
+
     def put(self, event: bytes) -> bool:
         return False
 

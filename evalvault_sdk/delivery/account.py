@@ -173,10 +173,13 @@ class Account:
         self.in_flight += count
         return self._opened(count)
 
-    def put_back(self, share: Share, events: tuple[bytes, ...]) -> None:
-        """Return events in flight to where they were."""
+    def put_back(self, share: Share, events: tuple[bytes, ...], *, last: bool = False) -> None:
+        """Return events in flight to where they were, or to the end."""
         self._closed(share)
-        self.waiting.extendleft(reversed(events))
+        if last:
+            self.waiting.extend(events)
+        else:
+            self.waiting.extendleft(reversed(events))
         self.waiting_bytes += sum(map(len, events))
         self.taken -= share.count
         self.in_flight -= share.count

@@ -36,8 +36,9 @@ from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, R
 _MAX_HALVINGS = 64
 #: So many single events are suspected in a row; if then none has passed, the destination is at fault.
 _MAX_SUSPECTED = 3
-#: An event that was refused on the way so often while others passed will never pass.
-_MAX_FAILURES = 3
+#: An event that was refused on the way so often while others passed will never pass. Of a destination that fails
+#: every third request for minutes, one good event in a hundred thousand would be misjudged.
+_MAX_FAILURES = 10
 #: A suspect waits so long for its next try, twice as long each time, and at most so long.
 _SUSPECT_WAITS_S, _SUSPECT_WAITS_AT_MOST_S = 0.25, 60.0
 #: So many events are taken at once under the lock: more would hold up the program's threads.
@@ -189,12 +190,14 @@ class Courier:
             if self._holds(hand) and spool is not None:
                 hand.parts = _pieces(hand.rest(), spool.segment_bytes)
         kept, self._keeping = 0, True
-        try:
+        try:  # whatever happens to the disk, the events must not be left in a hand that nobody holds
             while spool is not None and hand.parts and self._holds(hand):
                 piece = hand.parts[-1]
                 if not spool.store(piece, functools.partial(self._claim, hand, piece), alone=alone):
                     break
                 kept += len(piece)
+        except Exception as fault:  # noqa: BLE001
+            self._notices.fault(fault)
         finally:
             self._keeping = False
         self._notices.spooled(kept)
@@ -363,10 +366,20 @@ class Courier:
     # -- who is at fault ----------------------------------------------------------------------------
 
     def _suspect(self, hand: Hand, event: Batch) -> bool:
-        """Put a single event aside, on disk, that may be the reason why its request failed; say whether that worked."""
-        if self._spool is None:
-            return False
-        return self._spool.store_suspect(event, self._successes, lambda: self._claim(hand, event))
+        """
+        Put a single event aside that may be the reason why its request failed; say whether that worked.
+
+        On disk, to be judged; without a disk at the end of its queue, so that it lets others go first.
+        """
+        if self._spool is not None and self._spool.usable:
+            return self._spool.store_suspect(event, self._successes, lambda: self._claim(hand, event))
+        with self._ledger.lock:
+            if hand.segment is not None or not self._claim(hand, event):
+                return False
+            (share,) = event.shares
+            share.account.put_back(share, event.events, last=True)
+            self._ledger.settled.notify_all()
+        return True
 
     def _judge_suspect(self, segment: Segment, outcome: RetryLater) -> Refused | None:
         """Say whether an event that failed again is at fault: only if others have passed since it failed before."""

@@ -72,6 +72,14 @@ def _end_all() -> None:
             worker.end()
 
 
+def _all_made() -> list[Worker]:
+    while True:
+        try:
+            return list(_made)
+        except RuntimeError:  # another thread has just made one, or let one go
+            continue
+
+
 def _on_celery_exit(**_: Any) -> None:
     _end_all()
 
@@ -102,7 +110,7 @@ class _OnSigterm:
         if callable(self.before):
             # The program will end in its own way and time, and record more until then. How it ends is not for us to
             # know, so from here on nothing is in memory alone.
-            workers = list(_made)  # and who has recorded nothing so far
+            workers = _all_made()  # and who has recorded nothing so far
             until = time.monotonic() + max((worker.shutdown_timeout_s for worker in workers), default=0.0)
             for worker in workers:
                 with contextlib.suppress(Exception):
@@ -116,7 +124,7 @@ class _OnSigterm:
 
 def _after_fork_in_child() -> None:
     _running.clear()
-    for worker in list(_made):
+    for worker in _all_made():
         worker.after_fork_in_child()
 
 

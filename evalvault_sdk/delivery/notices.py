@@ -93,13 +93,15 @@ class Notices:
     def spooled(self, count: int) -> None:
         """Events were put on disk since they could not be delivered."""
         self._spooled += count
-        if self._outage is not None and self._outage.ended is None:
-            self._outage.spooled += count
+        outage = self._outage  # another thread may just be saying that it is over
+        if outage is not None and outage.ended is None:
+            outage.spooled += count
 
     def delivered_from_spool(self, count: int) -> None:
         """Events from disk met their fate."""
-        if self._outage is not None:
-            self._outage.delivered += count
+        outage = self._outage
+        if outage is not None:
+            outage.delivered += count
 
     def rejected(self, count: int, reason: str, *, kept: bool) -> None:
         """The server refused events for what they are."""

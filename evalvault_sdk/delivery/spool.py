@@ -82,7 +82,7 @@ _UNREADABLE_PAUSE_S = 10.0
 #: A lock file without segments is removed when it is so many seconds old: its owner may just be beginning.
 _EMPTY_LOCK_AGE_S = 10.0
 #: When more single events than this fail, it is not for what they hold.
-_MAX_SUSPECTS = 16
+_MAX_SUSPECTS = 256
 #: Owners adopted at a time: the others are left to other processes, or for later.
 _MAX_ADOPTED = 16
 
@@ -207,14 +207,16 @@ class Spool:
             segment.busy = True  # from here on nobody else may close or delete it
         try:
             segment.append(lines)
-        except OSError as error:
+        except BaseException as error:
             with self._ledger.lock:
                 segment.busy = False
-                self._failed(error)
                 if alone or self._parked is not segment:
                     self._abandon(segment)
                 else:
                     self._seal_parked()
+                if not isinstance(error, OSError):
+                    raise
+                self._failed(error)
             return False
         with self._ledger.lock:
             segment.busy = False

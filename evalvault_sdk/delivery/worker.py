@@ -203,8 +203,8 @@ class Worker:
         with self.ledger.lock:
             if not account.pending:
                 return True
-            if self._is_here:  # a callback: who waits here would wait for itself
-                return False
+            if self._is_here or self._finished:
+                return False  # who waits in a callback waits for itself, and after the end there is nothing to wait for
             self._flushes += 1
         try:
             if not self.is_alive:

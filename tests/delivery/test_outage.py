@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
+import random
 import threading
 import time
 from pathlib import Path
@@ -181,7 +182,10 @@ def test_a_backlog_is_delivered_slowly_at_first(folder: Path) -> None:
     outbox.shutdown(5)
 
 
-def test_what_something_on_the_way_refuses_for_ever_ends_in_the_dead_letter_and_holds_up_nothing(folder: Path) -> None:
+def test_what_something_on_the_way_refuses_for_ever_ends_in_the_dead_letter_and_holds_up_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evalvault_sdk.delivery.courier._SUSPECT_WAITS_AT_MOST_S", 0.05)
     destination = Destination(poison={300, 777})
     outbox = make(destination, flush_interval_s=0.05)
     put(outbox, range(1000))
@@ -457,3 +461,57 @@ def test_a_short_flush_interval_does_not_make_a_backlog_trickle(folder: Path) ->
     wait_for(lambda: outbox.stats().complete, 5)
     assert len(destination.sizes) - failed < 20
     outbox.shutdown(5)
+
+
+def test_without_a_disk_what_is_refused_on_the_way_lets_others_go_first(folder: Path) -> None:
+    destination = Destination(poison={0})
+    outbox = make(destination, durability="memory")
+    put(outbox, range(300))
+    wait_for(lambda: len(destination.stored) == 299)
+    stats = outbox.stats()
+    assert (stats.delivered, stats.rejected, stats.queued + stats.in_flight, balances(stats)) == (299, 0, 1, True)
+    outbox.shutdown(0.1)
+
+
+def test_a_good_event_is_never_given_up_because_the_destination_is_flaky(folder: Path) -> None:
+    class Flaky(Destination):
+        random = random.Random(20261122)
+
+        def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+            if self.up and self.random.random() < 0.3:
+                return RetryLater("HTTP 400 from something else", advice="check the proxy", blame="request")
+            self.stored += [orjson.loads(event)["n"] for event in batch.events]
+            return Delivered()
+
+    destination = Flaky()
+    outbox = make(destination)
+    for number in range(1000):
+        put(outbox, [number])
+        time.sleep(0.003)
+    destination.up = False  # that is, well
+    assert outbox.flush(60).in_time
+    assert outbox.stats().rejected == 0
+    assert sorted(destination.stored) == list(range(1000))
+    outbox.shutdown(5)
+
+
+def test_a_fault_while_events_are_put_on_disk_leaves_none_in_nobody_s_hand(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evalvault_sdk.delivery.segment import Segment
+
+    append, faults = Segment.append, [1]
+
+    def fails_once(self: Segment, lines: bytes) -> None:
+        if faults:
+            faults.pop()
+            raise MemoryError
+        append(self, lines)
+
+    monkeypatch.setattr(Segment, "append", fails_once)
+    destination = Destination(up=False)
+    outbox = make(destination)
+    put(outbox, range(5))
+    wait_for(lambda: on_disk(folder) == list(range(5)))
+    destination.up = True
+    assert outbox.shutdown(10).complete
