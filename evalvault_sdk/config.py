@@ -242,7 +242,7 @@ class Settings:
     )
     on_drop: Callable[[str, int], object] | None = _setting(
         None,
-        "Called with a reason and a number when events were lost. All callbacks run in the background thread.",
+        "Called with a reason and a number when events were lost. All callbacks run in a thread of the SDK.",
         default=None,
         validator=checks.is_callable,
     )

@@ -87,14 +87,15 @@ class Courier:
         self._spool = spool
         self._notices = notices
         self._clock = clock
-        #: When a request has to be over, on the clock; and whether somebody waits for what is sent.
-        self.deadline = float("inf")
+        #: Whether somebody waits for what is sent.
         self.urgent = False
         self.start_over()
 
     def start_over(self) -> None:
         """Begin with empty hands: at first, and in a forked child."""
         self.breaker.start_over()
+        #: When a request has to be over, on the clock.
+        self.deadline = float("inf")
         self._hands: list[Hand] = []
         self._keeping = False
         self._successes = 0

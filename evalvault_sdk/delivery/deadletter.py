@@ -6,6 +6,8 @@ Out:  lines of `dead-letter.jsonl` in the destination's folder, 0600:
       `{"rejected_at", "reason", "event": {...}}`, or `"damaged": "..."` in place of an event.
 Worker's thread.
 
+An event may be there more than once: when it was sent again, since nobody could know what had become of it.
+
 Several processes append to one file: each holds a lock on it while it writes. At its bound the file becomes
 `dead-letter.1.jsonl` in place of the one before; nothing else ever removes what is in it.
 """

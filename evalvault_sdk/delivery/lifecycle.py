@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _made: weakref.WeakSet[Worker] = weakref.WeakSet()
 #: Workers that still have to be ended when the process ends.
 _running: set[Worker] = set()
+#: Packages whose finalizers call us at the end of this process.
+_followed: set[str] = set()
 
 
 def made(worker: Worker) -> None:
@@ -44,7 +46,8 @@ def started(worker: Worker) -> None:
     _running.add(worker)
     for package in ("multiprocessing", "billiard"):
         process = sys.modules.get(f"{package}.process")
-        if process is not None and _is_child(process):
+        if process is not None and package not in _followed and _is_child(process):
+            _followed.add(package)
             sys.modules[f"{package}.util"].Finalize(None, _end_all, exitpriority=0)
     leaving = getattr(sys.modules.get("celery.signals"), "worker_process_shutdown", None)
     if leaving is not None:
@@ -80,6 +83,15 @@ def _all_made() -> list[Worker]:
             continue
 
 
+def _brace_all() -> None:
+    """Let every worker expect the end, also those that have recorded nothing so far; all within one timeout."""
+    workers = _all_made()
+    until = time.monotonic() + max((worker.shutdown_timeout_s for worker in workers), default=0.0)
+    for worker in workers:
+        with contextlib.suppress(Exception):
+            worker.brace(until)
+
+
 def _on_celery_exit(**_: Any) -> None:
     _end_all()
 
@@ -110,11 +122,8 @@ class _OnSigterm:
         if callable(self.before):
             # The program will end in its own way and time, and record more until then. How it ends is not for us to
             # know, so from here on nothing is in memory alone.
-            workers = _all_made()  # and who has recorded nothing so far
-            until = time.monotonic() + max((worker.shutdown_timeout_s for worker in workers), default=0.0)
-            for worker in workers:
-                with contextlib.suppress(Exception):
-                    worker.brace(until)
+            with contextlib.suppress(Exception):
+                _brace_all()
             self.before(number, frame)
         else:
             _end_all()
@@ -124,6 +133,7 @@ class _OnSigterm:
 
 def _after_fork_in_child() -> None:
     _running.clear()
+    _followed.clear()
     for worker in _all_made():
         worker.after_fork_in_child()
 

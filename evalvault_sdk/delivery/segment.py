@@ -13,6 +13,7 @@ loss either, since the write of it never came to its end.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 
 import attrs
@@ -71,16 +72,18 @@ class Segment:
 
     def append(self, lines: bytes) -> None:
         """Write `lines`, which end with a line's end: all of them or, with an `OSError`, none."""
-        assert self._file is not None  # noqa: S101 - only new segments are appended to
+        count = len(lines)
+        if self._file is None:
+            raise OSError(errno.EBADF, "it is closed")
         try:
             written = os.write(self._file, lines)
-            while written < len(lines):
+            while written < count:
                 written += os.write(self._file, memoryview(lines)[written:])
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self.size)
             raise
-        self.size += len(lines)
+        self.size += count  # in one step, should a signal handler come that appends, too
 
     @property
     def is_there(self) -> bool:

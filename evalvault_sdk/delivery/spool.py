@@ -40,9 +40,10 @@ Recovery
     is no JSON object is damaged: it goes to the dead letter and is counted. Neither stops the rest.
 
 Bounds
-    All segments of the folder together, of all processes, take at most `max_bytes`. When there is no room for
-    another segment, the policy says whether the oldest that we own or have adopted is deleted (`drop_oldest`) or
-    nothing more is written (`drop_newest`). Segments older than `max_age_s` are deleted. Each event lost is counted.
+    All segments of the folder together, of all processes, take at most `max_bytes`; processes that write at the same
+    time may each exceed that by the segment they are at. When there is no room for another segment, the policy says
+    whether the oldest that we own or have adopted is deleted (`drop_oldest`) or nothing more is written
+    (`drop_newest`). Segments older than `max_age_s` are deleted. Each event lost is counted.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -155,21 +156,32 @@ class Spool:
 
     def append(self, event: bytes, account: Account) -> bool:
         """Write an event of the program's own thread; say whether it is on disk. The ledger's lock is held."""
-        segment = self._direct
-        if segment is None or segment.size >= self.segment_bytes:
-            self._seal_direct()
-            segment = self._direct = self._new_segment(len(event) + 1)
-            if segment is None:
-                return False
-        try:
-            segment.append(event + b"\n")
-        except OSError as error:
-            self._failed(error)
-            self._seal_direct()
-            return False
-        self._ledger.direct.append(account)
-        self._bytes += len(event) + 1
-        return True
+        line = event + b"\n"
+        count = len(line)
+        while True:
+            segment = self._direct
+            if segment is None or self._is_full(segment, count):
+                self._seal_direct()
+                segment = self._direct = self._new_segment(count)
+                if segment is None:
+                    return False
+            try:
+                segment.append(line)
+            except OSError as error:
+                if self._direct is segment:
+                    self._failed(error)
+                    self._seal_direct()
+                    return False
+            # Between this question and the entry nothing is called, so no signal handler comes between.
+            if self._direct is segment:
+                self._ledger.direct.append(account)
+                self._bytes += count
+                return True
+            # A signal handler has flushed or shut down in the middle of this, and the segment was closed without
+            # counting the line: it is written again, and the stray one is left out by `claim`.
+
+    def _is_full(self, segment: Segment, more: int) -> bool:
+        return segment.size > 0 and segment.size + more > self.segment_bytes
 
     def store_suspect(self, event: Batch, failed_after: int, claim: Callable[[], bool]) -> bool:
         """Put an event aside that may be the reason why requests fail; not if there are many such already."""
@@ -195,7 +207,7 @@ class Spool:
         lines = b"\n".join(batch.events) + b"\n"
         with self._ledger.lock:
             segment = None if alone else self._parked
-            if segment is not None and (segment.size >= self.segment_bytes or not segment.is_there):
+            if segment is not None and (self._is_full(segment, len(lines)) or not segment.is_there):
                 self._seal_parked()
                 segment = None
             if segment is None:
@@ -249,6 +261,8 @@ class Spool:
         now = self._clock()
         if self._closed or (not at_any_rate and 0 <= now - self._failed_at < _FAULT_PAUSE_S):
             return None
+        # Looked up, not remembered: others write there, too.
+        self._bytes = _bytes_of(entry for entry in self._entries() if SEGMENT_NAME.fullmatch(entry.name))
         self.full = not self._make_room(max(size, self.segment_bytes))
         if self.full:
             return None
@@ -308,7 +322,7 @@ class Spool:
         for segments in (self._backlog, self._fresh):
             if segment in segments:
                 segments.remove(segment)
-        self._bytes = max(0, self._bytes - segment.size)
+                self._bytes = max(0, self._bytes - segment.size)
         if not segment.delete():
             self._undeletable.add(segment.path)
 
@@ -359,18 +373,23 @@ class Spool:
     def take_backlog(self, *, probe: bool) -> Segment | None:
         """Return the oldest segment that was not delivered, if any; as a `probe` rather one that is above suspicion."""
         with self._ledger.lock:
-            ready = self._ready()
-            if not ready or (probe and all(segment.suspect for segment in ready)):
+            segment = self._ready(probe)
+            if segment is None or (probe and segment.suspect):
                 self._seal_parked()
                 if probe:
                     self.put_off(seal=True)
-                ready = self._ready()
-            self._sending = min(ready, key=lambda segment: probe and segment.suspect, default=None)
-            return self._sending
+                segment = self._ready(probe)
+            self._sending = segment
+            return segment
 
-    def _ready(self) -> list[Segment]:
+    def _ready(self, probe: bool = False) -> Segment | None:
+        """Return the oldest segment that may be sent now; as a probe rather one that is above suspicion."""
         now = self._clock()
-        return [segment for segment in self._backlog if segment.resume_at <= now]
+        ready = (segment for segment in self._backlog if segment.resume_at <= now)
+        first = next(ready, None)
+        if first is None or not (probe and first.suspect):
+            return first
+        return next((segment for segment in ready if not segment.suspect), first)
 
     def set_aside(self, segment: Segment, wait_s: float) -> None:
         """Let others go first for so many seconds: something is wrong with this one."""
@@ -395,7 +414,7 @@ class Spool:
     def has_backlog(self) -> bool:
         """Whether anything waits its turn that can be delivered now."""
         with self._ledger.lock:
-            return self._parked is not None or bool(self._ready())
+            return self._parked is not None or self._ready() is not None
 
     @property
     def usable(self) -> bool:
@@ -433,7 +452,12 @@ class Spool:
         the next damaged one.
         """
         known = sum(share.count for share in segment.shares)
-        if known < len(lines):
+        if known < len(lines) and segment.owner == self._owners.own:
+            # Strays of our own: what a signal handler interrupted, or a disk that failed, was written once more.
+            if not known:
+                segment.offset = lines[-1].end
+            lines = lines[:known]
+        elif known < len(lines):
             segment.shares = (*segment.shares, self._ledger.inherited.seal(len(lines) - known))
         damaged = list(itertools.takewhile(lambda line: not line.sound, lines))
         if damaged:
@@ -474,7 +498,8 @@ class Spool:
             self._remove(segment)
             self._sending = None
             self._ledger.settled.notify_all()
-        self._clear_adopted()
+            if self._owners.has_adopted(segment.owner) and all(other.owner != segment.owner for other in self._backlog):
+                self._clear_adopted()
 
     # -- other owners -------------------------------------------------------------------------------
 
@@ -488,18 +513,12 @@ class Spool:
         """See what is in the folder: how much of it, what is too old, and what can be adopted."""
         found: dict[str, list[os.DirEntry[str]]] = {}
         locks: set[str] = set()
-        total = 0
-        try:
-            with os.scandir(self._path) as entries:
-                for entry in entries:
-                    if match := SEGMENT_NAME.fullmatch(entry.name):
-                        found.setdefault(match["owner"], []).append(entry)
-                        with contextlib.suppress(OSError):
-                            total += entry.stat(follow_symlinks=False).st_size
-                    elif match := LOCK_NAME.fullmatch(entry.name):
-                        locks.add(match["owner"])
-        except OSError:
-            pass
+        for entry in self._entries():
+            if match := SEGMENT_NAME.fullmatch(entry.name):
+                found.setdefault(match["owner"], []).append(entry)
+            elif match := LOCK_NAME.fullmatch(entry.name):
+                locks.add(match["owner"])
+        total = _bytes_of(entry for entries in found.values() for entry in entries)
         with self._ledger.lock:
             self._bytes = total
             self._owners.check()
@@ -547,8 +566,11 @@ class Spool:
                         bisect.insort(self._backlog, segment, key=lambda other: other.path)
 
     def _segments_of(self, owner: str) -> list[os.DirEntry[str]]:
+        return [e for e in self._entries() if (match := SEGMENT_NAME.fullmatch(e.name)) and match["owner"] == owner]
+
+    def _entries(self) -> list[os.DirEntry[str]]:
         with contextlib.suppress(OSError), os.scandir(self._path) as entries:
-            return [e for e in entries if (match := SEGMENT_NAME.fullmatch(e.name)) and match["owner"] == owner]
+            return list(entries)
         return []
 
     def _clear_adopted(self) -> None:
@@ -628,6 +650,14 @@ def _count_lines(segment: Segment) -> int:
         while chunk := file.read(1 << 20):
             count += chunk.count(b"\n")
     return count
+
+
+def _bytes_of(entries: Iterable[os.DirEntry[str]]) -> int:
+    total = 0
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            total += entry.stat(follow_symlinks=False).st_size
+    return total
 
 
 def _age_s(path: str, now: float) -> float:

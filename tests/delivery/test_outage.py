@@ -382,7 +382,7 @@ def test_a_thread_that_dies_is_replaced(folder: Path, monkeypatch: pytest.Monkey
         thread.join(5)
     assert not thread.is_alive()
     put(outbox, [2])
-    assert outbox.flush(5).complete
+    wait_for(lambda: outbox.stats().delivered == 2)
     assert outbox.worker._thread is not thread
     outbox.shutdown(5)
 

@@ -413,6 +413,9 @@ def test_without_locks_nothing_is_adopted_and_nothing_is_lost(tmp_path: Path, mo
     ended = Life(tmp_path)
     ended.store(*numbers(3))
     ended.spool.close()
+    idle = Life(tmp_path)
+    idle.spool.look_around()
+    assert idle.drain() == [], "also by a process that has written nothing so far"
     life = Life(tmp_path)
     life.store({"n": 3})
     life.spool.look_around()
@@ -471,3 +474,47 @@ def test_an_overflowing_queue_goes_to_disk_in_the_caller_s_thread(tmp_path: Path
     stats = queue.account.stats()
     assert (stats.queued, stats.spooled, balances(stats)) == (10, 90, True)
     assert [event["n"] for event in life.drain()] == list(range(10, 100))
+
+
+def test_one_large_event_does_not_exceed_the_bound(tmp_path: Path) -> None:
+    life = Life(tmp_path, max_bytes=1 << 16)
+    assert life.append({"n": 0})
+    assert not life.append({"n": 1, "padding": "x" * (1 << 17)})
+    assert life.spool.full
+    assert life.append({"n": 2})
+    assert sum(path.stat().st_size for path in life.files) < 1 << 16
+    assert [event["n"] for event in life.drain()] == [0, 2]
+
+
+def test_what_several_processes_write_counts_in_the_bound_of_each(tmp_path: Path) -> None:
+    lives = [Life(tmp_path, max_bytes=1 << 18) for _ in range(4)]
+    for number in range(1500):
+        for life in lives:
+            life.append({"n": number, "padding": "x" * 100})
+    assert sum(path.stat().st_size for path in lives[0].files) <= (1 << 18) + 4 * (1 << 15)
+
+
+@pytest.mark.parametrize("when", ["before the write", "after the write"])
+def test_a_signal_handler_that_seals_in_the_middle_of_an_append_breaks_no_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    life = Life(tmp_path)
+    life.append({"n": 0})
+    append, armed = segment_module.Segment.append, [1]
+
+    def interrupted(self: segment_module.Segment, lines: bytes) -> None:
+        if armed and when == "before the write":
+            armed.pop()
+            life.spool.seal()
+        append(self, lines)
+        if armed:
+            armed.pop()
+            life.spool.seal()
+
+    monkeypatch.setattr(segment_module.Segment, "append", interrupted)
+    assert life.append({"n": 1})
+    assert life.append({"n": 2})
+    life.spool.seal()
+    assert [event["n"] for event in life.drain()] == [0, 1, 2]
+    stats = life.queue.account.stats()
+    assert (stats.delivered, stats.pending, stats.recovered, dict(stats.dropped)) == (3, 0, 0, {})

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import textwrap
 import uuid
+from pathlib import Path
 
 import pytest
 
-from tests.support import LiveServer, clean_environment
+from tests.support import LiveServer, clean_environment, free_port
 
 FORK = """
     import os, sys, time
@@ -145,3 +146,47 @@ def test_a_multiprocessing_child_that_just_returns_loses_nothing(
         file.write(textwrap.dedent(MULTIPROCESSING.format(run=run, url=server.url, method=method)))
     run_script(path)
     assert server.get(f"summary/{run}")["stage_type_counts"]["work"] == 900
+
+
+@pytest.mark.parametrize("durability", ["spool", "journal"])
+def test_a_forked_child_leaves_what_its_parent_has_on_disk_to_its_parent(tmp_path: Path, durability: str) -> None:
+    port = free_port()
+    script = f"""
+        import os, sys, time
+        from evalvault_sdk import StageTracer
+        tracer = StageTracer("forked", "http://127.0.0.1:{port}", durability={durability!r}, flush_interval_s=0.05)
+        for number in range(10):
+            tracer.record_stage("parent")
+        while tracer.stats().spooled < 10:
+            time.sleep(0.01)
+        pid = os.fork()
+        if pid == 0:
+            for number in range(5):
+                tracer.record_stage("child")
+            report = tracer.shutdown(0.2)
+            assert (report.recorded, report.spooled) == (5, 5), report
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        print("forked", flush=True)
+        sys.stdin.readline()
+        report = tracer.shutdown(20)
+        assert (report.recorded, report.delivered) == (10, 10), report
+        assert report.recovered in (0, 5), report
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "forked\n"
+    server = LiveServer(tmp_path / "x.db", port=port)
+    try:
+        _, said = process.communicate("\n", timeout=60)
+        assert process.returncode == 0, said
+        assert server.get("summary/forked")["stage_type_counts"]["parent"] == 10
+    finally:
+        server.stop()
