@@ -223,7 +223,7 @@ def test_the_process_ends_in_time_and_the_next_one_delivers(
 ) -> None:
     with NETWORKS[network](port) as url:
         took_s, said = end(start(url, durability=durability))
-    assert took_s < 2.3
+    assert took_s < 2.2
     assert f"{COUNT} events for {url}/api/stage/events are kept in" in said
     server = LiveServer(tmp_path / "x.db", port=port)
     try:
@@ -246,7 +246,7 @@ def test_a_name_that_is_never_resolved_holds_up_neither_flush_nor_exit(tmp_path:
     """
     process = start("http://name.test", first=first, then=then)
     took_s, said = end(process)
-    assert took_s < 2.3
+    assert took_s < 2.2
     assert "2000 events for http://name.test/api/stage/events are kept in" in said
 
 
