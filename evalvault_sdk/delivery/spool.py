@@ -74,7 +74,7 @@ SEGMENT_NAME = re.compile(r"(?P<created>\d{13})-(?P<owner>[0-9a-f]{16})-\d{6,}\.
 LOCK_NAME = re.compile(r"(?P<owner>[0-9a-f]{16})\.lock")
 
 _SEGMENT_BYTES = 4 << 20
-#: After the disk failed, so many seconds pass before it is tried again: each try costs a system call.
+#: After the disk failed or was full, so many seconds pass before it is tried again: a try costs system calls.
 _FAULT_PAUSE_S = 1.0
 #: Segments without a lock file are adopted when nobody has written to them for so many seconds.
 UNLOCKED_AGE_S = 60.0
@@ -147,6 +147,7 @@ class Spool:
         self._last_ms = 0
         self._bytes = 0
         self._failed_at = float("-inf")
+        self._full_at = float("-inf")
         #: Whether the last event was refused because the bounds on disk are reached.
         self.full = False
         #: What is wrong with the folder, for a log line; the worker says it.
@@ -259,12 +260,14 @@ class Spool:
     def _new_segment(self, size: int, *, at_any_rate: bool = False) -> Segment | None:
         """Return an empty segment that is ours, or None if there is no room or the disk does not work."""
         now = self._clock()
-        if self._closed or (not at_any_rate and 0 <= now - self._failed_at < _FAULT_PAUSE_S):
+        if self._closed or (not at_any_rate and not self.usable):
             return None
         # Looked up, not remembered: others write there, too.
         self._bytes = _bytes_of(entry for entry in self._entries() if SEGMENT_NAME.fullmatch(entry.name))
         self.full = not self._make_room(max(size, self.segment_bytes))
         if self.full:
+            if size <= self.segment_bytes:  # there may be no room for a large one, and yet for others
+                self._full_at = now
             return None
         try:
             try:
@@ -418,8 +421,8 @@ class Spool:
 
     @property
     def usable(self) -> bool:
-        """Whether it is worth a try to write now."""
-        return not self.full and not 0 <= self._clock() - self._failed_at < _FAULT_PAUSE_S
+        """Whether it is worth a try to write now: after a failure, or when there was no room, not with every event."""
+        return not 0 <= self._clock() - max(self._failed_at, self._full_at) < _FAULT_PAUSE_S
 
     def read(self, segment: Segment, limits: BatchLimits) -> list[Line]:
         """
@@ -536,6 +539,7 @@ class Spool:
             self._adopt(owner, found.get(owner, []), has_lock=owner in locks)
         self._drop_expired()
         self._clear_adopted()
+        self._left_others = self._left_others and bool(self._backlog)
 
     @property
     def wants_more(self) -> bool:

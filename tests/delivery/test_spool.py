@@ -22,6 +22,7 @@ from evalvault_sdk.delivery import spool as spool_module
 from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import Batch, BatchLimits
 from evalvault_sdk.delivery.folder import default_root, folder_of
+from evalvault_sdk.delivery.lock import take_lock
 from evalvault_sdk.delivery.queue import EventQueue, QueueLimits
 from evalvault_sdk.delivery.spool import Spool
 from evalvault_sdk.events import StageEvent
@@ -518,3 +519,73 @@ def test_a_signal_handler_that_seals_in_the_middle_of_an_append_breaks_no_accoun
     assert [event["n"] for event in life.drain()] == [0, 1, 2]
     stats = life.queue.account.stats()
     assert (stats.delivered, stats.pending, stats.recovered, dict(stats.dropped)) == (3, 0, 0, {})
+
+
+def test_a_full_spool_is_not_looked_through_with_every_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1e9]
+    life = Life(tmp_path, max_bytes=1 << 16, policy="drop_newest", clock=lambda: now[0])
+    while life.append({"n": 0, "padding": "x" * 1000}):
+        pass
+    assert life.spool.full
+    looked: list[int] = []
+    entries = life.spool._entries
+    monkeypatch.setattr(life.spool, "_entries", lambda: looked.append(1) or entries())  # type: ignore[func-returns-value]
+    for _ in range(1000):
+        assert not life.append({"n": 1})
+    assert looked == []
+    life.drain()
+    now[0] += 1.1
+    assert life.append({"n": 2}), "there is room again"
+
+
+def test_what_was_snatched_while_it_was_written_stays_with_who_has_it(tmp_path: Path) -> None:
+    life = Life(tmp_path)
+    for event in numbers(2):
+        life.queue.put(orjson.dumps(event))
+    batch = take_all(life.queue)
+    assert life.spool.store(batch, lambda: False)
+    stats = life.queue.account.stats()
+    assert (stats.in_flight, stats.spooled) == (2, 0)
+    assert len(life.drain()) == 2
+    stats = life.queue.account.stats()
+    assert (stats.in_flight, stats.delivered, stats.recovered, balances(stats)) == (2, 0, 2, True)
+
+
+def test_the_end_leaves_alone_a_file_that_another_thread_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Life(tmp_path)
+    life.store({"n": 0})
+    append, writing, go_on = segment_module.Segment.append, threading.Event(), threading.Event()
+
+    def slow(self: segment_module.Segment, lines: bytes) -> None:
+        writing.set()
+        go_on.wait(10)
+        append(self, lines)
+
+    monkeypatch.setattr(segment_module.Segment, "append", slow)
+    writer = threading.Thread(target=life.store, args=({"n": 1},))
+    writer.start()
+    assert writing.wait(10)
+    life.spool.close()
+    go_on.set()
+    writer.join()
+    stats = life.queue.account.stats()
+    assert (stats.spooled, stats.in_flight, balances(stats)) == (2, 0, True)
+    after = Life(tmp_path)
+    after.spool.look_around()
+    assert [event["n"] for event in after.drain()] == [0, 1]
+
+
+def test_a_lock_on_a_file_that_lost_its_name_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.lock"
+    path.touch()
+    flock = fcntl.flock
+
+    def removed_just_before(file: int, operation: int) -> None:
+        path.unlink()
+        path.touch()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_just_before)
+    assert take_lock(str(path), make=False) == (None, False)
