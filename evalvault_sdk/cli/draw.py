@@ -200,13 +200,14 @@ def draw_spool_segments(console: Console, destination: Destination) -> None:
     """Draw a line per segment."""
     table = Table(title=plain(destination.address), title_justify="left")
     for name in ("begun", "age", "owner", "held"):
-        table.add_column(name, no_wrap=True)
+        # On a narrow terminal it is the owner that is cut, never a count.
+        table.add_column(name, no_wrap=name != "owner", overflow="ellipsis")
     for name in ("events", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for kept in destination.segments():
         begun = datetime.fromtimestamp(kept.begun_ms / 1000).astimezone()
         table.add_row(
-            begun.isoformat(sep=" ", timespec="seconds"),
+            f"{begun:%Y-%m-%d %H:%M:%S}",
             _age(kept.age_s()),
             kept.owner,
             _holder(kept),

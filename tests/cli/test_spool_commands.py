@@ -454,3 +454,15 @@ def test_purge_leaves_what_comes_after_it_was_asked_for(run: str, url: str, root
     ended_service(run, url, first=3, count=2)
     assert purge.run(spool.spool_settings(root)) == 3
     assert sum(kept.count() for kept in only(root).segments()) == 2
+
+
+def test_a_narrow_terminal_cuts_the_owner_and_never_a_count(tmp_path: Path) -> None:
+    spool = tmp_path / "spool" / "x-1.0"
+    spool.mkdir(parents=True)
+    (spool / "destination").write_text("http://x.test/api/stage/events\n")
+    (spool / "1767780000123-9f86d081884c7d65-000001.jsonl").write_text('{"n": 1}\n' * 12_345)
+    command = [sys.executable, "-m", "evalvault_sdk.cli", "spool", "list", "--dir", str(tmp_path / "spool")]
+    environ = {**clean_environment(), "COLUMNS": "80"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert "12,345" in done.stdout
+    assert "111.1 kB" in done.stdout
