@@ -30,12 +30,23 @@ def one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
     return check
 
 
-def count(minimum: int) -> Callable[[Any, Any, Any], None]:
+def some_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
+    """Accept a tuple of some of `allowed`."""
+
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if not isinstance(value, tuple) or not all(name in allowed for name in value):
+            raise ConfigurationError(f"{attribute.name} must be some of: {', '.join(allowed)}")
+
+    return check
+
+
+def count(minimum: int, maximum: int = 1 << 48) -> Callable[[Any, Any, Any], None]:
     """Accept a whole number of at least `minimum`."""
 
     def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 1 << 48:
-            raise ConfigurationError(f"{attribute.name} must be a whole number of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            bounds = f"of at least {minimum}" if maximum == 1 << 48 else f"from {minimum} to {maximum}"
+            raise ConfigurationError(f"{attribute.name} must be a whole number {bounds}")
 
     return check
 
@@ -47,6 +58,28 @@ def seconds(minimum: float, maximum: float = _LONGEST_S) -> Callable[[Any, Any, 
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not good or not minimum <= value <= maximum:
             raise ConfigurationError(f"{attribute.name} must be a number of seconds from {minimum:g} to {maximum:.0f}")
+
+    return check
+
+
+def is_rate(_instance: Any, attribute: Any, value: Any) -> None:
+    """Accept a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigurationError(f"{attribute.name} must be a number from 0 (no trace) to 1 (every trace)")
+
+
+def is_milliseconds(_instance: Any, attribute: Any, value: Any) -> None:
+    """Accept a number of milliseconds, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e12):
+        raise ConfigurationError(f"{attribute.name} must be a number of milliseconds of at least 0")
+
+
+def has_methods(*names: str) -> Callable[[Any, Any, Any], None]:
+    """Accept an object with methods of these names, or None."""
+
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if value is not None and not all(callable(getattr(value, name, None)) for name in names):
+            raise ConfigurationError(f"{attribute.name} must be an object with the method {' and '.join(names)}()")
 
     return check
 
@@ -182,6 +215,11 @@ def read_number(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError("must be a number") from None
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    """Read names with commas between them."""
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 def read_negated_flag(text: str) -> bool:

@@ -13,20 +13,33 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, get_args
 
 import attrs
 
 from evalvault_sdk import checks
 from evalvault_sdk.errors import ConfigurationError
+from evalvault_sdk.payload import PayloadStore
+
+#: What can be found in texts and replaced (`capture.redact`).
+PersonalData = Literal["email", "phone", "card", "resident_number", "passport", "account"]
+PERSONAL_DATA: tuple[PersonalData, ...] = get_args(PersonalData)
 
 _MEBIBYTE = 1 << 20
 
 
-def _setting(env: str | None, help: str, *, read: Callable[[str], Any] = str, **options: Any) -> Any:
-    """Declare an option; `read` turns its variable's text into its value."""
-    return attrs.field(metadata={"env": env, "help": help, "read": read}, **options)
+def _setting(
+    env: str | None, help: str, *, read: Callable[[str], Any] = str, capture: bool = False, **options: Any
+) -> Any:
+    """Declare an option; `read` turns its variable's text into its value. Those of `capture` do not touch delivery."""
+    return attrs.field(metadata={"env": env, "help": help, "read": read, "capture": capture}, **options)
+
+
+def _kinds_of_personal_data(value: Any) -> Any:
+    """Return the kinds meant: one name is one kind, `all` are all."""
+    kinds = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, set, frozenset)) else value
+    return PERSONAL_DATA if kinds == ("all",) else kinds
 
 
 @attrs.frozen(kw_only=True)
@@ -101,6 +114,118 @@ class Settings:
         factory=dict,
         validator=checks.is_text_mapping,
         repr=lambda value: str(sorted(value)),  # names only
+    )
+    sample_rate: float = _setting(
+        "EVALVAULT_SAMPLE_RATE",
+        "The part of all traces that is recorded, from 0 to 1; drawn by trace id, so that all services agree.",
+        default=1.0,
+        read=checks.read_number,
+        validator=checks.is_rate,
+        capture=True,
+    )
+    sample_keep_errors: bool = _setting(
+        "EVALVAULT_SAMPLE_KEEP_ERRORS",
+        "Keep traces with a failed stage although they were not drawn.",
+        default=True,
+        read=checks.read_flag,
+        validator=checks.is_bool,
+        capture=True,
+    )
+    sample_keep_slow_ms: float | None = _setting(
+        "EVALVAULT_SAMPLE_KEEP_SLOW_MS",
+        "Keep traces that take at least so many milliseconds although they were not drawn.",
+        default=None,
+        read=checks.read_number,
+        validator=checks.is_milliseconds,
+        capture=True,
+    )
+    content: Literal["all", "none"] = _setting(
+        "EVALVAULT_CONTENT",
+        "`none` keeps ids, counts, scores and timings, but no text.",
+        default="all",
+        validator=checks.one_of("all", "none"),
+        capture=True,
+    )
+    scrub_secrets: bool = _setting(
+        "EVALVAULT_SCRUB_SECRETS",
+        "Replace passwords, tokens and API keys: by the names of their fields, and where their form is known.",
+        default=True,
+        read=checks.read_flag,
+        validator=checks.is_bool,
+        capture=True,
+    )
+    personal_data: tuple[PersonalData, ...] = _setting(
+        "EVALVAULT_PERSONAL_DATA",
+        "Kinds of personal data to replace: `email`, `phone`, `card`, `resident_number`, `passport`, `account`; or "
+        "`all`.",
+        default=(),
+        read=checks.read_names,
+        converter=_kinds_of_personal_data,
+        validator=checks.some_of(*PERSONAL_DATA),
+        capture=True,
+    )
+    mask: Callable[[dict[str, Any]], dict[str, Any]] | None = _setting(
+        None,
+        "Called with each event's content (`attributes`, `metadata`, `stage_type` ...), returns what may be sent "
+        "of it. If it raises, nothing is.",
+        default=None,
+        validator=checks.is_callable,
+        capture=True,
+    )
+    max_attribute_bytes: int = _setting(
+        "EVALVAULT_MAX_ATTRIBUTE_BYTES",
+        "Bytes of JSON of one attribute; what is beyond is cut, and says so.",
+        default=128 << 10,
+        read=checks.read_whole_number,
+        validator=checks.count(1024),
+        capture=True,
+    )
+    max_event_bytes: int = _setting(
+        "EVALVAULT_MAX_EVENT_BYTES",
+        "Bytes of JSON of one event; of a larger one the largest attributes are cut.",
+        default=_MEBIBYTE,
+        read=checks.read_whole_number,
+        validator=checks.count(4096),
+        capture=True,
+    )
+    max_depth: int = _setting(
+        "EVALVAULT_MAX_DEPTH",
+        "Levels of nesting within an attribute.",
+        default=32,
+        read=checks.read_whole_number,
+        validator=checks.count(1, 200),
+        capture=True,
+    )
+    max_items: int = _setting(
+        "EVALVAULT_MAX_ITEMS",
+        "Values within an attribute, at all levels together.",
+        default=10_000,
+        read=checks.read_whole_number,
+        validator=checks.count(10),
+        capture=True,
+    )
+    traceback_frames: int = _setting(
+        "EVALVAULT_TRACEBACK_FRAMES",
+        "So many innermost frames of an error's traceback are recorded: file, line and function.",
+        default=0,
+        read=checks.read_whole_number,
+        validator=checks.count(0, 1000),
+        capture=True,
+    )
+    payload_store: PayloadStore | None = _setting(
+        None,
+        "Where `stage.save_input()` and `stage.save_output()` keep what is too large for an event.",
+        default=None,
+        validator=checks.has_methods("put"),
+        capture=True,
+    )
+    console: bool = _setting(
+        "EVALVAULT_CONSOLE",
+        "Print stages on standard error as they end.",
+        default=False,
+        read=checks.read_flag,
+        validator=checks.is_bool,
+        capture=True,
     )
     compression: Literal["gzip", "none"] = _setting(
         "EVALVAULT_COMPRESSION",
@@ -343,6 +468,20 @@ class SettingArguments(TypedDict, total=False):
     cert: str | tuple[str, str] | None
     proxies: Mapping[str, str] | None
     headers: Mapping[str, str] | None
+    sample_rate: float | None
+    sample_keep_errors: bool | None
+    sample_keep_slow_ms: float | None
+    content: Literal["all", "none"] | None
+    scrub_secrets: bool | None
+    personal_data: Sequence[PersonalData | Literal["all"]] | PersonalData | Literal["all"] | None
+    mask: Callable[[dict[str, Any]], dict[str, Any]] | None
+    max_attribute_bytes: int | None
+    max_event_bytes: int | None
+    max_depth: int | None
+    max_items: int | None
+    traceback_frames: int | None
+    payload_store: PayloadStore | None
+    console: bool | None
     compression: Literal["gzip", "none"] | None
     flush_interval_s: float | None
     batch_events: int | None

@@ -14,6 +14,9 @@ The first three meet you at construction. Recording (`stage`, `record_stage`, `r
 
 from __future__ import annotations
 
+import collections
+from typing import Any
+
 
 class EvalVaultError(Exception):
     """The base of all errors of this package."""
@@ -62,12 +65,50 @@ class RunNotFoundError(EvalVaultError, LookupError):
         super().__init__(f"there are no stage events of the run {run_id!r}")
 
 
-def describe_error(error: BaseException) -> dict[str, str]:
-    """Return `{"type", "message"}` of an exception, as a failed stage has it in `attributes.error`."""
+#: Errors that mean that somebody called the work off, by module and name: most of them are never imported here.
+_CANCELLATIONS = frozenset(
+    {
+        ("builtins", "GeneratorExit"),
+        ("builtins", "KeyboardInterrupt"),
+        ("asyncio.exceptions", "CancelledError"),
+        ("concurrent.futures._base", "CancelledError"),
+        ("greenlet", "GreenletExit"),
+        ("trio", "Cancelled"),
+    }
+)
+
+
+def cancellation(error: BaseException) -> str | None:
+    """Return the name of the error that called a stage off, or None if `error` says that it failed."""
+    for kind in type(error).__mro__:
+        if (kind.__module__, kind.__name__) in _CANCELLATIONS:
+            return kind.__name__
+    return None
+
+
+def describe_error(error: BaseException, frames: int = 0) -> dict[str, Any]:
+    """
+    Return `{"type", "message"}` of an exception, as a failed stage has it in `attributes.error`.
+
+    With `frames`, also the innermost frames of its `traceback`, as "file:line in function": no values, no text.
+    """
     kind = type(error)
     plain = kind.__module__ in ("builtins", "__main__")
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 - a user's __str__
         message = f"<{kind.__qualname__} whose message cannot be shown>"
-    return {"type": kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}", "message": message}
+    described: dict[str, Any] = {
+        "type": kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}",
+        "message": message,
+    }
+    if frames > 0:
+        # A traceback that is deeper than the recursion allows is walked, not recursed.
+        summary: collections.deque[str] = collections.deque(maxlen=frames)
+        step = error.__traceback__
+        while step is not None:
+            code = step.tb_frame.f_code
+            summary.append(f"{code.co_filename}:{step.tb_lineno} in {code.co_name}")
+            step = step.tb_next
+        described["traceback"] = list(summary)
+    return described

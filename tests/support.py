@@ -139,6 +139,7 @@ class ListSink:
     def __init__(self) -> None:
         self.put_events: list[bytes] = []
         self.refused: list[str] = []
+        self.notes: dict[str, int] = {}
 
     def put(self, event: bytes) -> bool:
         self.put_events.append(event)
@@ -146,6 +147,9 @@ class ListSink:
 
     def refuse(self, reason: str) -> None:
         self.refused.append(reason)
+
+    def note(self, what: str, count: int = 1) -> None:
+        self.notes[what] = self.notes.get(what, 0) + count
 
     @property
     def events(self) -> list[dict[str, Any]]:

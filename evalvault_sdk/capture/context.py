@@ -1,18 +1,95 @@
 """
-Which stage is the code running in?
+In which trace, and in which stage, is the code running?
 
-In:   stages as they are entered and left, in the caller's thread or task.
-Out:  the innermost open stage, so that a new one finds its parent and its trace.
+In:   scopes (stages and traces) as they are entered and left, in the caller's thread or task.
+Out:  the innermost open scope, so that a new stage finds its parent and its trace.
 
 A contextvar, so that nested calls, asyncio tasks and `contextvars.copy_context()` see the right one.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from evalvault_sdk.ids import trace_id_of
 
 if TYPE_CHECKING:
-    from evalvault_sdk.capture.stage import StageContext
+    from evalvault_sdk.capture.recorder import Recorder
 
-open_stage: ContextVar[StageContext | None] = ContextVar("evalvault_open_stage", default=None)
+
+class Trace:
+    """What the stages of one request have in common. Made by the scope that opens it, and ended with that."""
+
+    __slots__ = ("ended", "held", "held_bytes", "kept", "metadata", "trace_id", "tracestate")
+
+    def __init__(self, trace_id: str, metadata: dict[str, Any] | None = None) -> None:
+        self.trace_id = trace_id
+        #: Metadata of each of its stages.
+        self.metadata = metadata
+        #: What other systems have to say of it (W3C Trace Context), to be handed on.
+        self.tracestate = ""
+        #: Whether the scope that opened it was left; stages may come later still.
+        self.ended = False
+        #: Of a trace that was not drawn (`capture.sample`): its events so far, their bytes, and why it is kept yet.
+        self.held: deque[tuple[Recorder, bytes]] | None = None
+        self.held_bytes = 0
+        self.kept: str | None = None
+
+
+class Scope:
+    """A place in the program that stages are recorded in: an open stage, or an open trace."""
+
+    __slots__ = ("_open", "_outer", "_recorder", "_trace", "span_id", "stage_id")
+
+    #: The parent of stages in this scope, if there is any.
+    stage_id: str | None
+    span_id: str | None
+    _recorder: Recorder
+    _trace: Trace
+    _outer: Scope | None
+    _open: bool
+
+
+open_scope: ContextVar[Scope | None] = ContextVar("evalvault_open_scope", default=None)
+
+
+def leave(scope: Scope) -> None:
+    """Make the scope around `scope` the innermost one, if `scope` is it."""
+    if open_scope.get() is scope:
+        outer = scope._outer
+        while outer is not None and not outer._open and outer._outer is not None:
+            outer = outer._outer  # ended before this one: back to the nearest that still runs
+        open_scope.set(outer)
+
+
+def place(
+    outer: Scope | None, run_id: str, stage_id: str, parent_id: str | None, trace_id: str | None
+) -> tuple[str | None, Trace, bool]:
+    """
+    Return the parent and the trace of a new stage, what was given or else those of the scope around it, and whether
+    the trace is new.
+
+    A trace goes through all runs that a request touches; a parent is one only within the same run, since
+    that is where EvalVault looks it up. A given parent id tells its trace if that stage opened it; of any
+    other the caller has to give `trace_id` too (or the stage itself as `parent`), unless the scope around it
+    is of the same trace.
+    """
+    if outer is None:
+        if trace_id is None:
+            trace_id = trace_id_of(parent_id if _is_our_id(parent_id) else stage_id)
+        return parent_id, Trace(trace_id), True
+    if parent_id is None and outer._recorder.run_id == run_id:
+        parent_id = outer.stage_id
+    trace = outer._trace
+    if trace_id is None or trace_id == trace.trace_id:
+        return parent_id, trace, False
+    return parent_id, Trace(trace_id, trace.metadata), True
+
+
+def _is_our_id(value: object) -> TypeGuard[str]:
+    if not isinstance(value, str) or len(value) != 36 or value[14] != "7":
+        return False
+    digits = value.replace("-", "")
+    return len(digits) == 32 and not digits.strip("0123456789abcdef")

@@ -1,44 +1,56 @@
 """
-Turn any Python object into JSON bytes.
+Turn an event into JSON bytes, within its limits and without what must not be sent.
 
 In:   the fields of an event, in which attributes and metadata may hold whatever a program has at hand.
-Out:  UTF-8 JSON that EvalVault's rules accept: no NaN, no lone surrogate, no integer beyond 64 bits.
+Out:  UTF-8 JSON that EvalVault's rules accept.
 Caller's thread. Never raises (but for KeyboardInterrupt and its like), never changes what it is given.
 
-Two ways: orjson at once, for what it encodes without running any Python; else a walk that copies every
-container before it looks inside, and replaces what JSON has no form for. orjson must never run Python (a
-`default=` hook, a time zone written in Python) while it is inside a dict: another thread that adds a key
-meanwhile would crash the interpreter.
+Two ways: orjson at once, for small values of JSON's own types without anything to redact; else through
+`capture.plain`. orjson must never run Python (a `default=` hook, a time zone written in Python) while it is inside
+a dict: another thread that adds a key meanwhile would crash the interpreter.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import datetime as dt
-import decimal
-import enum
-import math
-import pathlib
-import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import attrs
 import orjson
 
-from evalvault_sdk.errors import describe_error
+from evalvault_sdk.capture.plain import Content, Limits, Walk
+from evalvault_sdk.capture.redact import Redactor
+from evalvault_sdk.oversize import shrink
 
-_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
+Mask = Callable[[dict[str, Any]], dict[str, Any]]
 
-#: Below so many levels of nesting only the kind of an object is kept.
-_MAX_DEPTH = 32
-#: So many values are walked in one field of an event; each container says where the rest was left out.
-_MAX_VALUES = 20_000
-#: Characters kept of the `repr` of an object that has no better form.
-_MAX_REPR = 1_000
+_OPTIONS = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS
+
+_SCALARS = frozenset((int, float, bool, type(None)))
+#: Bytes of JSON that a character, and a number, take at most.
+_CHARACTER_BYTES = 6
+_NUMBER_BYTES = 26
+#: The size of what orjson must not see: larger than any limit.
+_NOT_PLAIN = 1 << 60
+#: Characters of a field that is no content, such as the name of a stage.
+_MAX_FIELD = 1_000
+#: What becomes of content whose mask failed. Nothing of it is sent.
+_MASKED = {"redacted": "the function given as mask= failed"}
+#: How large a stored payload may be, next to an event.
+_PAYLOAD_FACTOR = 64
 
 _second: tuple[int, str] = (0, "")
+
+
+class Notes(Protocol):
+    """Who is told what happened on the way."""
+
+    def note(self, what: Any, count: int = 1) -> None:
+        """Count something."""
+
+    def hook_failed(self, hook: str, error: BaseException) -> None:
+        """Count that a function of the user's raised, and say so."""
 
 
 def iso_time(time_ns: int) -> str:
@@ -52,129 +64,151 @@ def iso_time(time_ns: int) -> str:
     return f"{prefix}{fraction // 1000:06d}+00:00"
 
 
-def encode(event: dict[str, Any]) -> bytes:
-    """Return `event` as JSON bytes."""
-    try:
-        return orjson.dumps(event, option=_OPTIONS)
-    except Exception:  # noqa: BLE001 - something that orjson alone has no form for
-        # Field by field: attributes without end must not cost the event its ids.
-        return orjson.dumps({name: _Walk().plain(value, 0) for name, value in event.items()})
+class Encoder:
+    """One tracer's way from fields to bytes."""
 
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        redactor: Redactor | None = None,
+        *,
+        content: Content = "all",
+        mask: Mask | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._redactor = redactor or Redactor()
+        self._content = content
+        self._mask = mask
+        self._look_at_all = content != "all" or mask is not None or self._redactor.personal
+        self._max_attribute = self._limits.max_attribute_bytes
+        self._max_event = self._limits.max_event_bytes
 
-def _substitute(value: Any) -> Any:
-    """Return something plainer in place of `value`."""
-    try:
-        if isinstance(value, (set, frozenset, collections.deque)):
-            return list(value)
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            return f"<{len(value)} bytes>"
-        if isinstance(value, decimal.Decimal):
-            return float(value)
-        if isinstance(value, pathlib.PurePath):
-            return str(value)
-        if isinstance(value, BaseException):
-            return describe_error(value)
-        if isinstance(value, type):
-            return value.__qualname__
-        if isinstance(value, Mapping):
-            return dict(value)
-        if attrs.has(type(value)):
-            return attrs.asdict(value, recurse=False)
-        for method in ("model_dump", "tolist", "item", "isoformat"):  # pydantic, numpy, pandas times
-            convert = getattr(value, method, None)
-            if callable(convert):
-                return convert()
-        return _cut(repr(value))
-    except Exception:  # noqa: BLE001 - a user's property, method or repr
-        return f"<{type(value).__qualname__} that cannot be shown>"
+    def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
+        """Return an event as JSON bytes; None if it is too large whatever is cut."""
+        if not self._look_at_all:
+            try:
+                if self._is_small(fields):
+                    event = orjson.dumps(fields, option=_OPTIONS)
+                    if len(event) <= self._max_event and not self._redactor.may_hold_secret(event):
+                        return event
+            except Exception:  # noqa: BLE001,S110 - something that orjson alone has no form for
+                pass
+        return self._thorough(fields, notes)
 
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_REPR else f"{text[:_MAX_REPR]}... ({len(text)} characters)"
-
-
-def _text(value: str) -> str:
-    """Return `value` as text that UTF-8 can hold: a lone surrogate becomes a question mark."""
-    return str(value) if value.isascii() else value.encode("utf-8", "replace").decode()
-
-
-class _Walk:
-    """One pass over one field of an event; holds what must be known of the whole of it."""
-
-    def __init__(self) -> None:
-        self._values_left = _MAX_VALUES
-        self._open: set[int] = set()  # containers we are inside of: meeting one again is a cycle
-
-    def plain(self, value: Any, depth: int) -> Any:
-        """Return `value` in terms of what orjson encodes without fail; what cannot be looked at costs its own place."""
-        try:
-            return self._plain(value, depth)
-        except Exception:  # noqa: BLE001 - even isinstance() asks an object for its class: a dead weak proxy raises
-            return f"<{type(value).__qualname__} that cannot be shown>"
-
-    def _plain(self, value: Any, depth: int) -> Any:
-        self._values_left -= 1
-        if value is None or value is True or value is False:
-            return value
-        if isinstance(value, enum.Enum):
-            value = value.value
-        if isinstance(value, str):
-            return _text(value)
-        if isinstance(value, int):
-            return int(value) if -(2**63) <= value < 2**64 else str(value)
-        if isinstance(value, float):
-            return float(value) if math.isfinite(value) else None
-        if isinstance(value, dt.datetime) and value.tzinfo is None:
-            value = value.replace(tzinfo=dt.timezone.utc)
-        if isinstance(value, uuid.UUID):
-            return str(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-        if isinstance(value, (dict, list, tuple)):
-            return self._container(value, depth)
-        substitute = _substitute(value)
-        if isinstance(substitute, str):
-            return _text(substitute)
-        return self.plain(substitute, depth + 1) if depth < _MAX_DEPTH else f"<{type(value).__qualname__}>"
-
-    def _container(self, value: dict[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> Any:
-        if depth >= _MAX_DEPTH:
-            return f"<{type(value).__qualname__}: nested too deeply>"
-        if id(value) in self._open:
-            return f"<{type(value).__qualname__}: contains itself>"
-        self._open.add(id(value))
-        try:
-            return self._dict(value, depth) if isinstance(value, dict) else self._list(value, depth)
-        finally:
-            self._open.discard(id(value))
-
-    def _dict(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
-        plain: dict[str, Any] = {}
-        items = value.copy()  # another thread may be filling the dict
-        for key, item in items.items():
-            if self._values_left <= 0:
-                plain["..."] = f"<{len(items) - len(plain)} more left out>"
-                break
-            plain[self._key(key)] = self.plain(item, depth + 1)
+    def snapshot(self, value: Any, notes: Notes) -> Any:
+        """Return `value` as plain JSON values, as an attribute would have it now."""
+        walk = self._walk()
+        plain = walk.plain(value)
+        if walk.cuts:
+            notes.note("truncated", walk.cuts)
         return plain
 
-    def _list(self, value: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
-        plain: list[Any] = []
-        items = tuple(value)
-        for item in items:
-            if self._values_left <= 0:
-                plain.append(f"<{len(items) - len(plain)} more left out>")
-                break
-            plain.append(self.plain(item, depth + 1))
-        return plain
+    def payload(self, name: str, value: Any, notes: Notes) -> bytes | None:
+        """Return `value` as JSON bytes to be stored apart, masked as attributes are; None if no content is to leave."""
+        if self._content == "none":
+            return None
+        larger = attrs.evolve(
+            self._limits,
+            max_attribute_bytes=self._limits.max_event_bytes * _PAYLOAD_FACTOR,
+            max_items=self._limits.max_items * _PAYLOAD_FACTOR,
+        )
+        plain, _ = self._content_of({"attributes": {name: value}, "metadata": {}}, larger, notes)
+        return orjson.dumps(plain["attributes"].get(name, plain["attributes"]))
 
-    @staticmethod
-    def _key(key: Any) -> str:
-        if isinstance(key, enum.Enum):
-            key = key.value
-        if isinstance(key, str):
-            return _text(key)
+    # -- the fast way: is there anything to be careful about? -----------------------------------------
+
+    def _is_small(self, fields: dict[str, Any]) -> bool:
+        if len(fields["stage_type"]) + len(fields["status"]) + len(fields.get("stage_name") or "") > _MAX_FIELD:
+            return False
+        metadata = fields.get("metadata")
+        return self._are_small(fields["attributes"]) and (not metadata or self._are_small(metadata))
+
+    def _are_small(self, values: dict[str, Any]) -> bool:
+        """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
+        verdicts, limit = self._redactor.verdicts, self._max_attribute
+        for key, value in values.items():
+            if verdicts.get(key, True) and self._redactor.is_secret(key):
+                return False
+            kind = type(value)
+            if kind is str:
+                if len(value) * _CHARACTER_BYTES > limit:
+                    return False
+            elif kind not in _SCALARS and self._size(value, kind, self._limits.max_depth) > limit:
+                return False
+        return True
+
+    def _size(self, value: Any, kind: type, depth: int) -> int:
+        """Return the bytes of JSON that `value` takes at most, or more than any limit if orjson should not see it."""
+        if kind is str:
+            return len(value) * _CHARACTER_BYTES + 3
+        if kind in _SCALARS:
+            return _NUMBER_BYTES
+        if depth <= 0 or kind not in (list, tuple, dict) or len(value) > self._limits.max_items:
+            return _NOT_PLAIN
+        size = 4
+        if kind is not dict:
+            try:  # the lists of RAG are mostly ids or scores: two steps in C
+                return len("".join(value)) * _CHARACTER_BYTES + 3 * len(value) + size
+            except TypeError:
+                pass
+            for item in value:
+                size += self._size(item, type(item), depth - 1)
+            return size
+        for key, item in value.items():
+            if type(key) is not str or self._redactor.is_secret(key):
+                return _NOT_PLAIN
+            size += len(key) * _CHARACTER_BYTES + 4 + self._size(item, type(item), depth - 1)
+        return size
+
+    # -- the thorough way ---------------------------------------------------------------------------
+
+    def _walk(self, limits: Limits | None = None) -> Walk:
+        return Walk(limits or self._limits, self._redactor, self._content)
+
+    def _thorough(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
+        content, cuts = self._content_of(fields, self._limits, notes)
+        plain = {**{name: _field(value) for name, value in fields.items() if name not in content}, **content}
+        event: bytes | None = orjson.dumps(plain)
+        if event is not None and len(event) > self._max_event:
+            event = shrink(event, self._max_event)
+            cuts += 1
+        if cuts:
+            notes.note("truncated", cuts)
+        return event
+
+    def _content_of(self, fields: dict[str, Any], limits: Limits, notes: Notes) -> tuple[dict[str, Any], int]:
+        """Return what an event has of content, in plain terms and masked, and how often something was cut."""
+        content: dict[str, Any] = {}
+        cuts = 0
+        for name in ("attributes", "metadata"):
+            if name in fields:
+                walk = self._walk(limits)
+                content[name] = walk.fields(fields[name])
+                cuts += walk.cuts
+        if self._mask is not None:
+            content = self._masked(self._mask, content, fields, limits, notes)
+        return content, cuts
+
+    def _masked(
+        self, mask: Mask, content: dict[str, Any], fields: dict[str, Any], limits: Limits, notes: Notes
+    ) -> dict[str, Any]:
+        """Return what the user's function makes of the content. If it fails, nothing of the content is sent."""
         try:
-            return _text(_cut(str(key)))
-        except Exception:  # noqa: BLE001 - a user's __str__
-            return f"<{type(key).__qualname__}>"
+            about: dict[str, Any] = {name: fields.get(name) for name in ("stage_type", "stage_name", "status")}
+            masked = mask({"metadata": {}, **content, **about})
+            return {name: self._walk(limits).fields(masked[name]) for name in content}
+        except Exception as error:  # noqa: BLE001 - a function of the user's
+            notes.hook_failed("mask", error)
+            kept = content.get("metadata", {}).get("sample_rate")
+            return {"attributes": dict(_MASKED), "metadata": {} if kept is None else {"sample_rate": kept}}
+
+
+def _field(value: Any) -> Any:
+    """Return a field that is no content."""
+    if isinstance(value, str) and len(value) > _MAX_FIELD:
+        value = value[:_MAX_FIELD]
+    return Walk(_FIELD_LIMITS, _NOTHING).plain(value)
+
+
+_FIELD_LIMITS = Limits(max_attribute_bytes=16 << 10, max_items=100, max_depth=8)
+_NOTHING = Redactor(secrets=False)

@@ -1,5 +1,5 @@
 """
-Measure a stage: a with-block or a decorator around the code that does the work.
+Measure a stage: a with-block around the code that does the work (as a decorator: `capture.decorate`).
 
 In:   the start and the end of a block of the user's code, and what that code tells about itself.
 Out:  one event for the recorder when the block ends, whether it returned or raised.
@@ -9,24 +9,24 @@ Caller's thread or task. The block's exceptions pass through unchanged; ours nev
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Mapping
-from time import perf_counter_ns, time_ns
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar
 
-from evalvault_sdk.capture.context import open_stage
+from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.call import CallCapture
+from evalvault_sdk.capture.context import Scope, leave, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
-from evalvault_sdk.capture.recorder import Recorder, RefusalReason
-from evalvault_sdk.errors import describe_error
+from evalvault_sdk.capture.propagate import current_span
+from evalvault_sdk.capture.recorder import Note, Recorder, RefusalReason
+from evalvault_sdk.errors import cancellation, describe_error
 from evalvault_sdk.events import StagePayloadRef
-from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
+from evalvault_sdk.ids import new_stage_id, span_id_of
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
-class StageContext:
+class StageContext(Scope):
     """
     One stage being measured: what `StageTracer.stage()` gives.
 
@@ -38,10 +38,10 @@ class StageContext:
     """
 
     __slots__ = (
+        "_call",
         "_given",
-        "_open",
-        "_outer",
-        "_recorder",
+        "_opened_trace",
+        "_parent",
         "_started_ns",
         "_started_perf_ns",
         "_template",
@@ -52,8 +52,6 @@ class StageContext:
         "metadata",
         "output_ref",
         "parent_stage_id",
-        "span_id",
-        "stage_id",
         "stage_name",
         "stage_type",
         "status",
@@ -65,17 +63,16 @@ class StageContext:
     #: What it ran under.
     metadata: dict[str, Any]
     #: The ids: None until the block is entered.
-    stage_id: str | None
     trace_id: str | None
-    span_id: str | None
     parent_stage_id: str | None
 
     def __init__(
         self,
         recorder: Recorder,
-        stage_type: str,
+        stage_type: str | None,
         *,
         stage_name: str | None = None,
+        parent: Scope | None = None,
         parent_stage_id: str | None = None,
         trace_id: str | None = None,
         attempt: int = 1,
@@ -83,11 +80,17 @@ class StageContext:
         metadata: Mapping[str, Any] | None = None,
         input_ref: StagePayloadRef | Mapping[str, str] | None = None,
         output_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        call: CallCapture | None = None,
     ) -> None:
         self._recorder = recorder
-        self.stage_type = stage_type
-        self._given = (stage_name, parent_stage_id, trace_id, attempt, attributes, metadata, input_ref, output_ref)
+        self.stage_type = stage_type or "stage"
+        self._given = (
+            (stage_type, stage_name, parent_stage_id, trace_id, attempt, input_ref, output_ref),
+            attributes,
+            metadata,
+        )
         self.stage_name = stage_name
+        self._parent = parent
         self.parent_stage_id = parent_stage_id
         self._trace_id = trace_id
         self.attempt = attempt
@@ -98,8 +101,9 @@ class StageContext:
         self.status = "success"
         self.stage_id = self.trace_id = self.span_id = None
         self._open = False
-        self._outer: StageContext | None = None
+        self._outer = None
         self._template: StageContext = self
+        self._call = call
 
     def set(self, **attributes: Any) -> None:
         """Add attributes: `stage.set(query=query, top_k=5)`."""
@@ -112,55 +116,116 @@ class StageContext:
         self.status = "error"
         self.set(error={"type": kind, "message": reason})
 
+    def skip(self, reason: str | None = None) -> None:
+        """Record that the stage had nothing to do, as `status="skipped"`."""
+        self.status = "skipped"
+        if reason is not None:
+            self.set(skip_reason=reason)
+
+    def save_input(self, value: Any) -> None:
+        """
+        Keep what the stage was given in the tracer's `payload_store`, and refer to it as `input_ref`.
+
+        For what is too large for an attribute. It is written before this returns. Without a store, and with
+        `content="none"`, nothing happens; an error of the store is counted (`hook_errors`) and logged.
+        """
+        self.input_ref = self._saved("input", value) or self.input_ref
+
+    def save_output(self, value: Any) -> None:
+        """Keep what the stage made in the tracer's `payload_store`, and refer to it as `output_ref`."""
+        self.output_ref = self._saved("output", value) or self.output_ref
+
+    def _saved(self, name: str, value: Any) -> StagePayloadRef | None:
+        recorder = self._recorder
+        if recorder.payload_store is None:
+            return None
+        try:
+            payload = recorder.encoder.payload(name, value, recorder)
+            return None if payload is None else recorder.payload_store.put(payload)
+        except Exception as error:  # noqa: BLE001 - a disk, or a store of the user's own
+            recorder.hook_failed("payload_store", error)
+            return None
+
     def __enter__(self) -> StageContext:
         if self._open:
             # In a recursion, or in another thread: each entry is a stage with a clock of its own.
             return self._again().__enter__()
-        self._open = True
         if self.stage_id is not None:
             self._start_over()
-        started_ns = time_ns()
+        self._start(open_scope.get())
+        open_scope.set(self)
+        return self
+
+    def _start(self, outer: Scope | None) -> None:
+        """Begin, in the scope `outer` or below the given parent."""
+        self._open = True
+        started_ns = clock.time_ns()
         stage_id = new_stage_id(started_ns)
         self.stage_id = stage_id
-        self.span_id = span_id_of(stage_id)
-        self._outer = outer = open_stage.get()
-        self.parent_stage_id, self.trace_id = parent_and_trace(
-            outer, self._recorder.run_id, stage_id, self.parent_stage_id, self._trace_id
+        self._outer = outer
+        self.parent_stage_id, self._trace, self._opened_trace = place(
+            self._below() or outer, self._recorder.run_id, stage_id, self.parent_stage_id, self._trace_id
         )
+        self.trace_id = self._trace.trace_id
+        self.span_id = span_id_of(stage_id)
+        span = current_span()
+        if span is not None:
+            self._take_over(span)
         self._started_ns = started_ns
-        open_stage.set(self)
-        self._started_perf_ns = perf_counter_ns()
-        return self
+        self._started_perf_ns = clock.perf_counter_ns()
+
+    def _below(self) -> Scope | None:
+        """Return the given parent, if it has begun: one of a tracer that is switched off never does."""
+        return self._parent if hasattr(self._parent, "_trace") else None
+
+    def _take_over(self, span: tuple[str, str]) -> None:
+        """Be part of the trace that OpenTelemetry is in, and bear the id of its span, where we have no trace yet."""
+        if self._opened_trace and self._trace_id is None and self.parent_stage_id is None:
+            self._trace.trace_id = self.trace_id = span[0]
+        if span[0] == self.trace_id:
+            self.span_id = span[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ended_perf_ns = perf_counter_ns()
-        stage = open_stage.get()
-        if stage is not self:
+        ended_perf_ns = clock.perf_counter_ns()
+        scope = open_scope.get()
+        if scope is not self:
             # Left out of order, or entered more than once: the innermost open stage of this context that
             # came from this object; where there is none (left in another context), this object itself.
-            while stage is not None and not (stage._open and stage._template is self):
-                stage = stage._outer
-            if stage is None:
-                stage = self
-        if stage._open:
-            stage._exit(error, ended_perf_ns)
+            while scope is not None and not (
+                isinstance(scope, StageContext) and scope._open and scope._template is self
+            ):
+                scope = scope._outer
+            if scope is None:
+                scope = self
+        if scope._open:
+            leave(scope)
+            scope._end(error, ended_perf_ns)
 
-    def _exit(self, error: BaseException | None, ended_perf_ns: int) -> None:
+    def _end(self, error: BaseException | None, ended_perf_ns: int) -> None:
+        """Record the stage, which was left with `error`."""
+        elapsed_ns = ended_perf_ns - self._started_perf_ns
         self._open = False
-        if open_stage.get() is self:
-            outer = self._outer
-            while outer is not None and not outer._open and outer._outer is not None:
-                outer = outer._outer  # ended before this one: back to the nearest that still runs
-            open_stage.set(outer)
+        recorder = self._recorder
         try:
             if error is not None:
-                self.status = "error"
-                self.attributes = {**as_object(self.attributes), "error": describe_error(error)}
-            self._recorder.record(self._fields(ended_perf_ns - self._started_perf_ns))
+                self._came_to_grief(error)
+            recorder.record(self._fields(elapsed_ns), self._trace)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
-            self._recorder.fault("ending a stage", fault)
+            recorder.fault("ending a stage", fault)
+        if self._opened_trace:
+            recorder.end_trace(self._trace)
+
+    def _came_to_grief(self, error: BaseException) -> None:
+        cancelled_by = cancellation(error)
+        if cancelled_by is None:
+            self.status = "error"
+            described = describe_error(error, self._recorder.traceback_frames)
+            self.attributes = {**as_object(self.attributes), "error": described}
+        elif self.status == "success":
+            self.status = "cancelled"
+            self.attributes = {**as_object(self.attributes), "cancelled_by": cancelled_by}
 
     async def __aenter__(self) -> StageContext:
         return self.__enter__()
@@ -170,52 +235,31 @@ class StageContext:
     ) -> None:
         self.__exit__(kind, error, traceback)
 
-    def __call__(self, function: F) -> F:
-        """Decorate a function or a coroutine function: every call becomes a stage of its own."""
-        name = self.stage_name or getattr(function, "__qualname__", type(function).__qualname__)
-        # What is called in the end: below partials, and of an object its method.
-        called: Any = function
-        while isinstance(called, functools.partial):
-            called = called.func
-        if not inspect.isroutine(called):
-            called = getattr(called, "__call__", called)  # noqa: B004
-        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
-            # Measuring only the call that makes the generator would record a false duration.
-            raise TypeError(
-                f"{name} is a generator: it cannot be decorated yet; "
-                "put `with tracer.stage(...)` around the work inside it"
-            )
+    def __call__(self, function: T) -> T:
+        """Decorate a function, or anything else that is called: every call becomes a stage of its own."""
+        from evalvault_sdk.capture.decorate import decorated  # which builds upon this module
 
-        if inspect.iscoroutinefunction(called):
-
-            @functools.wraps(function)
-            async def measured_coroutine(*args: Any, **kwargs: Any) -> Any:
-                with self._again(name):
-                    return await function(*args, **kwargs)
-
-            return cast(F, measured_coroutine)
-
-        @functools.wraps(function)
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            with self._again(name):
-                return function(*args, **kwargs)
-
-        return cast(F, measured)
+        result: T = decorated(self, function)
+        return result
 
     def _start_over(self) -> None:
         """Forget what the last time in this block set."""
-        self.stage_name, self.parent_stage_id, _, self.attempt, attributes, metadata, ref_in, ref_out = self._given
+        fixed, attributes, metadata = self._given
+        _, self.stage_name, self.parent_stage_id, _, self.attempt, self.input_ref, self.output_ref = fixed
         self.attributes = as_object(_snapshot(attributes)).copy()
         self.metadata = as_object(_snapshot(metadata)).copy()
-        self.input_ref, self.output_ref, self.status = ref_in, ref_out, "success"
+        self.status = "success"
 
-    def _again(self, name: str | None = None) -> StageContext:
+    def _again(self, name: str | None = None, stage_type: str | None = None) -> StageContext:
         """Return a stage as this one was when it was made, not entered yet."""
-        stage_name, parent_stage_id, trace_id, attempt, attributes, metadata, input_ref, output_ref = self._given
+        (given_type, given_name, parent_stage_id, trace_id, attempt, input_ref, output_ref), attributes, metadata = (
+            self._given
+        )
         again = StageContext(
             self._recorder,
-            self.stage_type,
-            stage_name=name or stage_name,
+            given_type or stage_type,
+            stage_name=given_name or name,
+            parent=self._parent,
             parent_stage_id=parent_stage_id,
             trace_id=trace_id,
             attempt=attempt,
@@ -249,6 +293,8 @@ class StageContext:
         if self.attempt != 1:
             fields["attempt"] = self.attempt
         metadata = as_object(self.metadata)
+        if self._trace.metadata:
+            metadata = {**self._trace.metadata, **metadata}
         if metadata:
             fields["metadata"] = metadata
         if self.input_ref is not None:
@@ -269,8 +315,42 @@ class _Nowhere:
     def refuse(self, reason: RefusalReason) -> None:
         pass
 
+    def note(self, what: Note, count: int = 1) -> None:
+        pass
+
 
 NOWHERE = Recorder("nowhere", _Nowhere())
+
+
+class _NoStage(StageContext):
+    """What takes everything a stage does, keeps nothing and costs next to nothing: one object for all."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(NOWHERE, "none")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(self, "_call"):  # the last that the constructor sets
+            super().__setattr__(name, value)
+
+    def __getattribute__(self, name: str) -> Any:
+        return {} if name in ("attributes", "metadata") else super().__getattribute__(name)
+
+    def __enter__(self) -> StageContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, function: T) -> T:
+        return function
+
+    def set(self, **attributes: Any) -> None:
+        pass
+
+
+NO_STAGE: StageContext = _NoStage()
 
 
 def current_stage() -> StageContext:
@@ -279,33 +359,8 @@ def current_stage() -> StageContext:
 
     Where no stage is open it is one that is recorded nowhere: the code need not ask.
     """
-    return open_stage.get() or StageContext(NOWHERE, "none")
-
-
-def parent_and_trace(
-    outer: StageContext | None, run_id: str, stage_id: str, parent_id: str | None, trace_id: str | None
-) -> tuple[str | None, str]:
-    """
-    Return the parent and the trace of a new stage: what was given, else those of the stage around it.
-
-    A trace goes through all runs that a request touches; a parent is one only within the same run, since
-    that is where EvalVault looks it up. A given parent tells its trace by its id if it opened that trace;
-    of any other the caller has to give `trace_id` too, unless the stage around it is of the same trace.
-    """
-    if outer is None:
-        if trace_id is None:
-            trace_id = trace_id_of(parent_id if _is_our_id(parent_id) else stage_id)
-        return parent_id, trace_id
-    if parent_id is None and outer._recorder.run_id == run_id:
-        parent_id = outer.stage_id
-    return parent_id, trace_id or outer.trace_id or trace_id_of(stage_id)
-
-
-def _is_our_id(value: object) -> TypeGuard[str]:
-    if not isinstance(value, str) or len(value) != 36 or value[14] != "7":
-        return False
-    digits = value.replace("-", "")
-    return len(digits) == 32 and not digits.strip("0123456789abcdef")
+    scope = open_scope.get()
+    return scope if isinstance(scope, StageContext) else NO_STAGE
 
 
 def as_object(value: Any) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from typing import Protocol
 
 import attrs
 
-from evalvault_sdk.capture.encode import encode
+from evalvault_sdk.capture.encode import Encoder
+from evalvault_sdk.capture.plain import Limits
+from evalvault_sdk.capture.redact import Redactor
+from evalvault_sdk.capture.stage import NOWHERE
 from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.breaker import Breaker
@@ -32,6 +35,11 @@ from evalvault_sdk.server.store import open_store
 _BATCH_EVENTS = 1000
 #: How long a server that does not answer is asked again.
 _GIVE_UP_AFTER_S = 60.0
+#: What is in a file was recorded before: it is handed on whole.
+_AS_IT_IS = Encoder(
+    Limits(max_attribute_bytes=1 << 40, max_event_bytes=1 << 40, max_depth=200, max_items=1 << 40),
+    Redactor(secrets=False),
+)
 
 
 @attrs.define
@@ -60,7 +68,7 @@ class ServerTarget:
 
     def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
         """Post `events` in one request, or in halves where that is too large."""
-        batch = Batch(tuple(encode(event.to_dict()) for event in events))
+        batch = Batch(tuple(_AS_IT_IS.encode(event.to_dict(), NOWHERE) or b"" for event in events))
         outcome = self._send(batch)
         if isinstance(outcome, Delivered):
             return outcome.rejected

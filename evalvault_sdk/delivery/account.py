@@ -22,6 +22,9 @@ from typing import Literal
 
 import attrs
 
+#: What is counted besides what becomes of events.
+Note = Literal["truncated", "sampled_out", "hook_errors"]
+
 #: Why an event was lost.
 DropReason = Literal[
     "queue_full", "spool_full", "expired", "damaged", "too_large", "invalid", "shutdown", "closed", "internal_error"
@@ -54,6 +57,12 @@ class Stats:
     recovered: int = 0
     #: Those of them that could not be: rejected, too old, damaged.
     recovered_lost: int = 0
+    #: Fields that were cut to the limits; each says so in its place. These three are no part of the balance either.
+    truncated: int = 0
+    #: Stages of traces that were not drawn, and so not recorded.
+    sampled_out: int = 0
+    #: How often a function of the user's (`mask`, `attributes`, `on_result` ...) or a payload store raised.
+    hook_errors: int = 0
 
     @property
     def pending(self) -> int:
@@ -136,6 +145,7 @@ class Account:
         self.in_flight = 0
         self.rejected = 0
         self.dropped: dict[DropReason, int] = {}
+        self.notes: dict[Note, int] = {}
         self._mark = 0
         self._open: dict[int, int] = {}
         self._returns = 0
@@ -166,6 +176,10 @@ class Account:
         """Count `count` events as lost, which were taken from where they were."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
         self._ledger.lost[reason] = self._ledger.lost.get(reason, 0) + count
+
+    def note(self, what: Note, count: int) -> None:
+        """Count something that is no end of an event."""
+        self.notes[what] = self.notes.get(what, 0) + count
 
     def take(self, count: int) -> Share:
         """Count events that left `waiting` as in flight."""
@@ -280,6 +294,7 @@ class Account:
                 dropped=dict(self.dropped),
                 recovered=inherited.delivered,
                 recovered_lost=inherited.rejected + sum(inherited.dropped.values()),
+                **self.notes,
             )
 
     def report(self, *, in_time: bool) -> FlushReport:

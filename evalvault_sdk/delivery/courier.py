@@ -26,11 +26,11 @@ from evalvault_sdk.delivery.account import Account, Ledger, Share
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.breaker import Breaker
 from evalvault_sdk.delivery.notices import Notices
-from evalvault_sdk.delivery.oversize import shrink
 from evalvault_sdk.delivery.queue import EventQueue
 from evalvault_sdk.delivery.segment import Segment
 from evalvault_sdk.delivery.spool import Reading, Spool
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, RetryLater, TooLarge, Transport
+from evalvault_sdk.oversize import shrink
 
 #: A batch that is refused as a whole is halved at most so often in the search for the events at fault.
 _MAX_HALVINGS = 64

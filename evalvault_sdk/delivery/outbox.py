@@ -110,7 +110,9 @@ def _transport_for(settings: Settings) -> Transport:
 
 def _key(settings: Settings) -> Hashable:
     """Return what two settings have in common that may share a worker."""
-    values: dict[str, Any] = attrs.asdict(settings, recurse=False, filter=lambda field, _: field.name != "run_id")
+    values: dict[str, Any] = attrs.asdict(
+        settings, recurse=False, filter=lambda field, _: field.name != "run_id" and not field.metadata["capture"]
+    )
     return tuple((name, _hashable(value)) for name, value in values.items())
 
 

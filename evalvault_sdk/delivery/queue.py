@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 import attrs
 
-from evalvault_sdk.delivery.account import Account, DropReason, Ledger
+from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Note
 
 #: What becomes of an event for which the queue has no room: it goes to disk; the oldest one makes room; it is
 #: lost; its thread waits for room.
@@ -189,6 +189,11 @@ class EventQueue:
         """Count an event that was recorded and could not be put."""
         with self._lock:
             self.account.refuse(reason)
+
+    def note(self, what: Note, count: int = 1) -> None:
+        """Count something that is no end of an event."""
+        with self._lock:
+            self.account.note(what, count)
 
     def begin_journal(self, journal: Overflow) -> None:
         """From now on write every event to disk before `put` returns."""

@@ -22,10 +22,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalvault_sdk.capture.encode import encode, iso_time
+from evalvault_sdk.capture.encode import Encoder, iso_time
+from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import describe_error
 from evalvault_sdk.events import StageEvent
-from tests.support import clean_environment
+from tests.support import ListSink, clean_environment
 
 
 class Colour(enum.Enum):
@@ -66,8 +67,16 @@ class HostileMapping(dict[str, Any]):
         raise RuntimeError("no")
 
 
+def encode(fields: dict[str, Any]) -> bytes:
+    event = Encoder().encode(
+        {"stage_type": "x", "status": "success", "attributes": {}, **fields}, Recorder("r", ListSink())
+    )
+    assert event is not None
+    return event
+
+
 def encoded(value: Any) -> Any:
-    return orjson.loads(encode({"value": value}))["value"]
+    return orjson.loads(encode({"attributes": {"value": value}}))["attributes"]["value"]
 
 
 @pytest.mark.parametrize(
@@ -150,14 +159,15 @@ def test_depth_is_bounded() -> None:
 
 
 def test_the_number_of_values_looked_at_is_bounded() -> None:
-    wide = orjson.loads(encode({"value": [10**30] * 100_000, "metadata": {1: "m"}, "trace_id": "t"}))
-    assert len(wide["value"]) < 21_000
-    left_out = re.fullmatch(r"<(\d+) more left out>", wide["value"].pop())
+    wide = orjson.loads(encode({"attributes": {"wide": [10**30] * 100_000}, "metadata": {1: "m"}, "trace_id": "t"}))
+    values = wide["attributes"]["wide"]
+    left_out = re.fullmatch(r"\.\.\. \(truncated: ([\d,]+) of 100,000 left out\)", values.pop())
     assert left_out is not None
-    assert len(wide["value"]) + int(left_out[1]) == 100_000
+    assert 1000 < len(values) <= 10_000
+    assert len(values) + int(left_out[1].replace(",", "")) == 100_000
     assert (wide["trace_id"], wide["metadata"]) == ("t", {"1": "m"}), "other fields do not pay for it"
-    many_keys = orjson.loads(encode({"value": {number: number for number in range(50_000)}}))["value"]
-    assert many_keys["..."] == f"<{50_000 - len(many_keys) + 1} more left out>"
+    keys = encoded({number: number for number in range(50_000)})
+    assert keys["..."] == f"(truncated: {50_000 - len(keys) + 1:,} more left out)"
 
 
 def test_a_hostile_container_is_named_not_fatal() -> None:
@@ -241,7 +251,8 @@ def test_another_thread_that_fills_a_dict_does_not_crash_the_interpreter() -> No
     script = textwrap.dedent(
         """
         import datetime, sys, threading, time
-        from evalvault_sdk.capture.encode import encode
+        from evalvault_sdk.capture.encode import Encoder
+        from evalvault_sdk.capture.stage import NOWHERE
 
         class PythonZone(datetime.tzinfo):
             def utcoffset(self, when):
@@ -263,7 +274,7 @@ def test_another_thread_that_fills_a_dict_does_not_crash_the_interpreter() -> No
         filler.start()
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            encode({"attributes": shared})
+            Encoder().encode({"stage_type": "x", "status": "x", "attributes": shared}, NOWHERE)
         stop = True
         filler.join()
         """

@@ -207,12 +207,13 @@ def test_recursion_of_a_decorated_function_nests(recorder: Recorder, sink: ListS
     assert [event.get("parent_stage_id") for event in sink.events] == [*ids[1:], None]
 
 
-def test_decorating_a_generator_is_refused_at_once(recorder: Recorder) -> None:
-    def stream() -> Any:
-        yield 1
+def test_what_nobody_calls_is_refused_at_once(recorder: Recorder) -> None:
+    class Document:
+        pass
 
-    with pytest.raises(TypeError, match="generator"):
-        StageContext(recorder, "x")(stream)
+    for given in (Document(), Document, "retrieval"):
+        with pytest.raises(TypeError, match="not called"):
+            StageContext(recorder, "x")(given)
 
 
 def test_one_object_entered_twice_records_two_stages(recorder: Recorder, sink: ListSink) -> None:
@@ -298,7 +299,7 @@ def test_a_step_of_the_wall_clock_makes_no_negative_duration(
     recorder: Recorder, sink: ListSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([2_000_000_000_000_000_000, 1_000_000_000_000_000_000])
-    monkeypatch.setattr("evalvault_sdk.capture.stage.time_ns", lambda: next(times))
+    monkeypatch.setattr("evalvault_sdk.capture.clock.time_ns", lambda: next(times))
     with StageContext(recorder, "a"):
         pass
     event = StageEvent.from_dict(sink.events[0])

@@ -1,5 +1,5 @@
 """
-Make an event smaller that is too large for a request.
+Make an event smaller that is too large: for the limit on events, or for what a server takes.
 
 In:   one encoded event, and the bytes it may have.
 Out:  the same event with its largest attributes and metadata truncated, or None if that is not enough.
@@ -32,7 +32,7 @@ def shrink(event: bytes, max_bytes: int) -> bytes | None:
     for number, (part, key) in enumerate(texts):
         # What room is left goes to the beginnings of the texts.
         room = (max_bytes - len(_shrunk(fields, parts, whole))) // (len(texts) - number)
-        parts[part][key] = _beginning(whole[part, key], room) + parts[part][key]
+        parts[part][key] = beginning(whole[part, key], room) + parts[part][key]
     smaller = _shrunk(fields, parts, whole)
     return smaller if len(smaller) <= max_bytes else None
 
@@ -42,7 +42,7 @@ def _shrunk(fields: dict[str, Any], parts: dict[str, dict[str, Any]], cut: dict[
     return orjson.dumps({**fields, **parts, "metadata": metadata})
 
 
-def _beginning(text: str, max_bytes: int) -> str:
+def beginning(text: str, max_bytes: int) -> str:
     """Return as much of the beginning of `text` as takes at most `max_bytes` of JSON."""
     kept = text[: max(max_bytes, 0)]
     while kept and (size := len(orjson.dumps(kept)) - 2) > max_bytes:

@@ -1,0 +1,246 @@
+"""
+The ways to record a stage: what a tracer, and the package itself, have in common.
+
+In:   the user's calls, in any thread or task.
+Out:  stages to measure code with; events for the recorder.
+Nothing here raises, but for `TypeError` when something is decorated that is not called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar, overload
+
+from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.bind import bind
+from evalvault_sdk.capture.call import Call, CallCapture
+from evalvault_sdk.capture.context import Scope, open_scope, place
+from evalvault_sdk.capture.encode import iso_time
+from evalvault_sdk.capture.recorder import Recorder
+from evalvault_sdk.capture.stage import NO_STAGE, StageContext, as_object, as_reference
+from evalvault_sdk.capture.trace import TraceContext
+from evalvault_sdk.events import StageEvent, StagePayloadRef
+from evalvault_sdk.ids import new_stage_id, span_id_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: A stage that took longer (30 years) gets no derived start: it would lie before the calendar's.
+_LONGEST_MS = 1e12
+
+
+class Stages:
+    """Records stages with one recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    @overload
+    def stage(self, stage_type: F, /) -> F: ...
+
+    @overload
+    def stage(
+        self,
+        stage_type: str | None = None,
+        *,
+        stage_name: str | None = None,
+        parent: Scope | None = None,
+        parent_stage_id: str | None = None,
+        trace_id: str | None = None,
+        attempt: int = 1,
+        attributes: Mapping[str, Any] | Callable[[Call], Mapping[str, Any] | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        capture_args: bool | Sequence[str] = False,
+        capture_result: bool = False,
+        on_result: Callable[[Any], Mapping[str, Any] | None] | None = None,
+    ) -> StageContext: ...
+
+    def stage(
+        self,
+        stage_type: Any = None,
+        *,
+        stage_name: str | None = None,
+        parent: Scope | None = None,
+        parent_stage_id: str | None = None,
+        trace_id: str | None = None,
+        attempt: int = 1,
+        attributes: Mapping[str, Any] | Callable[[Call], Mapping[str, Any] | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        capture_args: bool | Sequence[str] = False,
+        capture_result: bool = False,
+        on_result: Callable[[Any], Mapping[str, Any] | None] | None = None,
+    ) -> Any:
+        """
+        Measure a stage: use the result as `with`, `async with`, or as a decorator of anything that is called.
+
+        `@tracer.stage` alone, or without a type, takes the function's name as the type. The stage open around it
+        becomes its parent, unless `parent` is given, or `parent_stage_id` (which, if that is neither open here nor
+        the root of its trace, wants its `trace_id` too). An exception is recorded as `status="error"` with its type
+        and message, a cancellation as `"cancelled"`; both pass through unchanged.
+
+        A stream (a generator or an async generator) is one stage from its first step to its end, with `item_count` and
+        `time_to_first_item_ms` among its attributes.
+
+        Of the calls of a decorated function nothing is recorded but what is asked for: `capture_args` puts all
+        arguments, or those named, among the attributes, under the names of their parameters; `capture_result` the
+        result, as `result` (of a stream its items, texts joined); `attributes` may be a function of a `Call`, and
+        `on_result` one of the result, that return attributes. Arguments are looked at before the call.
+        """
+        if not self._recorder.enabled:
+            return stage_type if callable(stage_type) else NO_STAGE
+        call = None
+        if capture_args or capture_result or on_result is not None or callable(attributes):
+            call = CallCapture(
+                args=capture_args,
+                result=capture_result,
+                attributes=attributes if callable(attributes) else None,
+                on_result=on_result,
+            )
+        stage = StageContext(
+            self._recorder,
+            None if callable(stage_type) else stage_type,
+            stage_name=stage_name,
+            parent=parent,
+            parent_stage_id=parent_stage_id,
+            trace_id=trace_id,
+            attempt=attempt,
+            attributes=None if callable(attributes) else attributes,
+            metadata=metadata,
+            input_ref=input_ref,
+            output_ref=output_ref,
+            call=call,
+        )
+        return stage(stage_type) if callable(stage_type) else stage
+
+    def trace(
+        self,
+        *,
+        trace_id: str | None = None,
+        traceparent: str | None = None,
+        tracestate: str | None = None,
+        session_id: str | None = None,
+        user_id: str | None = None,
+        test_case_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> TraceContext:
+        """
+        Hold together the stages of one request: use the result as `with` or `async with`.
+
+        All stages inside have one trace id, and what is given as metadata here. `traceparent` and `tracestate` are
+        the headers of the service that called this one (W3C Trace Context; `trace_headers()` gives them out there):
+        the trace is then the caller's. Without them it has `trace_id`, or the id of OpenTelemetry's current trace
+        if there is one, or a new one.
+        """
+        known = {"session_id": session_id, "user_id": user_id, "test_case_id": test_case_id}
+        known = {name: value for name, value in known.items() if value is not None}
+        return TraceContext(
+            self._recorder,
+            trace_id=trace_id,
+            traceparent=traceparent,
+            tracestate=tracestate,
+            metadata={**as_object(metadata), **known},
+        )
+
+    def bind(self, function: F) -> F:
+        """
+        Return `function` such that, wherever it is called, its stages find the one that is open now as their parent.
+
+        For threads, callbacks and background tasks: `Thread(target=tracer.bind(work))`.
+        """
+        return bind(function)
+
+    def record_stage(
+        self,
+        stage_type: str,
+        *,
+        stage_name: str | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        duration_ms: float | None = None,
+        started_at: datetime | str | None = None,
+        finished_at: datetime | str | None = None,
+        status: str = "success",
+        attempt: int = 1,
+        stage_id: str | None = None,
+        parent: Scope | None = None,
+        parent_stage_id: str | None = None,
+        trace_id: str | None = None,
+        span_id: str | None = None,
+        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
+    ) -> str:
+        """
+        Record a stage that was measured elsewhere, or that takes no time; return its id for its children.
+
+        Without times it ended now, and began `duration_ms` milliseconds before. Parent and trace are found
+        as for `stage`. What breaks EvalVault's rules is rejected by the server, counted and logged.
+        """
+        now_ns = clock.time_ns()
+        made_id = new_stage_id(now_ns)
+        if stage_id is None:
+            stage_id = made_id
+        recorder = self._recorder
+        if not recorder.enabled:
+            return stage_id
+        try:
+            around = parent if hasattr(parent, "_trace") else open_scope.get()
+            parent_id, trace, is_root = place(around, recorder.run_id, made_id, parent_stage_id, trace_id)
+            if started_at is None and finished_at is None:
+                finished_at = iso_time(now_ns)
+                if isinstance(duration_ms, (int, float)) and 0 <= duration_ms < _LONGEST_MS:
+                    started_at = iso_time(now_ns - round(duration_ms * 1_000_000))
+            fields = {
+                "run_id": recorder.run_id,
+                "stage_id": stage_id,
+                "parent_stage_id": parent_id,
+                "stage_type": stage_type,
+                "stage_name": stage_name,
+                "status": status,
+                "attempt": attempt,
+                "started_at": started_at,
+                "finished_at": finished_at,
+                "duration_ms": duration_ms,
+                "input_ref": as_reference(input_ref) if input_ref is not None else None,
+                "output_ref": as_reference(output_ref) if output_ref is not None else None,
+                "attributes": as_object(attributes),
+                "metadata": {**trace.metadata, **as_object(metadata)} if trace.metadata else as_object(metadata),
+                "trace_id": trace.trace_id,
+                "span_id": span_id or span_id_of(made_id),
+            }
+            trace.ended = trace.ended or is_root  # nobody will: what it decides, this event decides alone
+            recorder.record({name: value for name, value in fields.items() if value is not None}, trace)
+        except Exception as error:  # noqa: BLE001 - the host program must not feel our faults
+            recorder.fault("recording a stage", error)
+        return stage_id
+
+    def record_batch(self, events: Iterable[StageEvent | Mapping[str, Any]]) -> list[str | None]:
+        """
+        Record ready-made events: `StageEvent`s, or JSON objects of the contract.
+
+        An object without a `run_id` gets this tracer's. Returns the id of each, in order; None stands for one
+        that breaks EvalVault's rules, which is counted as dropped (`invalid`) and logged.
+        """
+        ids: list[str | None] = []
+        try:
+            if isinstance(events, (StageEvent, Mapping)):
+                events = [events]  # one event, meant as a batch of one
+            for event in events:
+                ids.append(self._record_ready_made(event))
+        except Exception as error:  # noqa: BLE001 - an iterable of the user's own
+            self._recorder.fault("reading a batch", error)
+        return ids
+
+    def _record_ready_made(self, event: StageEvent | Mapping[str, Any]) -> str | None:
+        try:
+            if not isinstance(event, StageEvent):
+                run_id = event.get("run_id")
+                event = StageEvent.from_dict({**event, "run_id": self._recorder.run_id if run_id is None else run_id})
+            self._recorder.record(event.to_dict())
+        except Exception as error:  # noqa: BLE001 - invalid, or no event at all
+            self._recorder.fault("checking a ready-made event", error, reason="invalid")
+            return None
+        return event.stage_id
