@@ -19,12 +19,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from evalvault_sdk.errors import ConfigurationError
 from evalvault_sdk.events import StagePayloadRef
 
 #: What `put` names its files, and all that `get` takes for a name: nothing else can be meant.
 _ID = re.compile("[0-9a-f]{32}")
 #: The end of the name of a file that is being written.
 _UNFINISHED = ".part"
+#: No file is written for so long: it was left by a process that was killed.
+_MAX_WRITING_S = 3600.0
 
 
 class PayloadStore(Protocol):
@@ -46,27 +49,31 @@ class FolderPayloadStore:
         store = FolderPayloadStore("/var/lib/rag/payloads")
         stage.output_ref = store.put(orjson.dumps(documents))
 
-    Unlike recording, `put` writes in the caller's thread, and raises `OSError` when the disk is full or the folder
-    is not ours alone. A file survives its process; after a power cut it may be lost. Nothing is ever deleted by
-    itself: call `purge` now and then, or let cron do the same: `find FOLDER -type f -mmin +10080 -delete`.
+    The folder is made by the first `put`, or made private if it is there. Unlike recording, `put` writes in the
+    caller's thread, and raises `OSError` when the disk is full or the folder cannot be ours alone. A payload
+    survives its process; a power cut may cost the last ones. Nothing is deleted by itself: call `purge` now and
+    then, or let cron do it: `find FOLDER -type f -mmin +10080 -delete` after 7 days.
+
     `name` is the references' `store`: it tells readers which store to ask, where there are several.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, name: str = "folder") -> None:
-        self.folder = Path(folder)
+        if not os.fspath(folder):  # a variable that is not set: never make the working directory private
+            raise ConfigurationError("folder must be the path of a folder, not empty")
+        self.folder = Path(folder).absolute()  # whatever the working directory is later
         self.name = StagePayloadRef(name, "id").store  # refused now, and not with the first payload
 
     def put(self, payload: bytes, *, type: str = "json") -> StagePayloadRef:
         """Write `payload` to a file of its own. Raises `OSError`; then nothing is left of it."""
-        ref = StagePayloadRef(self.name, uuid.uuid4().hex, type)
+        ref = StagePayloadRef(self.name, uuid.uuid4().hex, type)  # not new_stage_id(), which could be guessed
         path = self._path(ref.id)
         _make_private(self.folder)
         _make_private(path.parent)
         unfinished = path.with_suffix(_UNFINISHED)
-        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         try:
-            with os.fdopen(file, "wb") as writing:
-                writing.write(payload)
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(payload)
+            unfinished.chmod(0o600)  # the umask may have taken it from us as well
             unfinished.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -90,12 +97,13 @@ class FolderPayloadStore:
             ) from None
 
     def purge(self, older_than_s: float) -> int:
-        """Delete payloads that were written more than `older_than_s` seconds ago; return how many."""
-        before = time.time() - older_than_s
+        """Delete payloads that were written at least `older_than_s` seconds ago; return how many."""
+        now = time.time()
         purged = 0
         for path in self._files():
-            with contextlib.suppress(FileNotFoundError):  # another process purges as well
-                if path.stat(follow_symlinks=False).st_mtime < before:
+            least_s = max(older_than_s, _MAX_WRITING_S) if path.suffix == _UNFINISHED else older_than_s
+            with contextlib.suppress(FileNotFoundError):  # finished meanwhile, or purged by another process
+                if now - path.lstat().st_mtime >= least_s:
                     path.unlink()
                     purged += path.suffix != _UNFINISHED
         return purged
@@ -115,12 +123,14 @@ class FolderPayloadStore:
 
 def _make_private(folder: Path) -> None:
     """Make a folder if it is not there. Raises `OSError` if it cannot be ours alone: payloads are users' questions."""
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700, parents=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder, or a link to one", str(folder))
-    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "belongs to another user", str(folder))
-    if stat.S_IMODE(status.st_mode) != 0o700:
-        folder.chmod(0o700)
+        folder.chmod(0o700)  # whatever the umask took from us
+    except FileExistsError:
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder, or a link to one", str(folder)) from None
+        if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "belongs to another user: name one in it", str(folder)) from None
+        if status.st_mode & 0o077:
+            folder.chmod(0o700)

@@ -132,7 +132,7 @@ def _is_list(value: Any) -> bool:
 def _id_and_score(document: Any) -> tuple[str, float | None]:
     try:
         score = None
-        if isinstance(document, (tuple, list)) and len(document) == 2 and not hasattr(document, "_fields"):
+        if isinstance(document, tuple) and len(document) == 2 and not hasattr(document, "_fields"):
             inner, number = document
             if number is None or hasattr(number, "__float__"):
                 document, score = inner, _number(number)
