@@ -3,8 +3,8 @@ Take secrets and personal data out of keys, texts and numbers.
 
 In:   a key, a text, an integer or an encoded event, in the caller's thread.
 Out:  the same with `[secret]`, `[email]`, `[phone]` and so on in place of what must not leave the process.
-Pure, but for a bounded memory of keys. Never raises. Takes time linear in the text: a repeat either has a bound, or
-cannot begin again inside what it has just read.
+Pure, but for a bounded memory of keys, and today's date. Never raises. Takes time linear in the text: a repeat
+either has a bound, or cannot begin again inside what it has just read.
 
 Rather too little than too much: a trace full of `[phone]` where order numbers were helps nobody. A number counts if
 its check digit is right, or its form is one that hardly anything else has, or a word beside it says what it is.
@@ -32,21 +32,27 @@ _MAX_KEY = 128
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[\s.:/\[\]-]+", re.ASCII)
 _KEY_KINDS = "api|access|secret|private|encryption|signing|subscription|account|master|service|ssh|auth"
 _SECRET_KEY = re.compile(
-    rf"""(?:authorization | (?:^|_)(?:{_KEY_KINDS})_?keys? | apikeys? | passw(?:or)?ds? | passphrase | (?:^|_)(?:pwd|passcode)
-      | secrets? | (?:^|_)credentials? | (?:^|_)(?:set_?)?cookies? | (?:^|_)(?:dsn|bearer|jwt) | conn(?:ection)?_?str(?:ing)?
+    rf"""(?:authorization | (?:^|_)(?:{_KEY_KINDS})_?keys? | apikeys? | passw(?:or)?ds? | passphrase
+      | (?:^|_)(?:pwd|passcode) | secrets? | (?:^|_)credentials? | (?:^|_)(?:set_?)?cookies? | (?:^|_)(?:dsn|bearer|jwt)
+      | conn(?:ection)?_?str(?:ing)?
       | 비밀번호 | 비번 | 패스워드 | 인증키 | (?:access|refresh|auth)_?tokens
-      # Tokens that are pieces of text or places in a list (next_page_token only says where to go on) are no secrets.
-      | (?<!first_)(?<!last_)(?<!next_)(?<!page_)(?<!sync_)(?<!continuation_)(?<!per_)(?<!inter_)(?<!stop_)(?<!special_)
-        (?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!max_)(?<!num_)(?<!input_)(?<!output_)
-        (?<!prompt_)(?<!completion_)(?<!total_)(?<!cached_)(?<!reasoning_)(?<!new_)
-        (?:(?:^|_)(?:access|refresh|auth|id|session|csrf|xsrf|bearer|api)?token)
+      | (?:^|_)(?:access|refresh|auth|id|session|csrf|xsrf|bearer|api)?token
     )(?:_(?:value|hash|header|plain|base64|b64|pem|json))?(?:_?\d{{1,4}})?$""",
     re.VERBOSE,
 )
 
+# Tokens that are pieces of a text, or places in a list: next_page_token only says where to go on.
+_PLAIN_TOKEN = re.compile(
+    r"(?:^|_)(?:first|last|next|page|sync|continuation|per|inter|stop|special|eos|bos|pad|unk|sep|cls|mask|max|num|"
+    r"input|output|prompt|completion|total|cached|reasoning|new|each)_token$"
+)
+
 # --- Secrets in texts. ---
 # A slug may begin with sk- as well ("sk-learn-..."): the body of a key has a long run, with a digit in it or longer.
-_SK = r"(?:(?:proj|ant|svcacct|admin|lf)-[\w-]{20,}|(?:[a-z0-9]{2,8}-){0,2}(?:(?=[A-Za-z]{0,60}\d)[A-Za-z0-9]{20,}|[A-Za-z]{32,}))"
+_SK = (
+    r"(?:(?:proj|ant|svcacct|admin|lf)-[\w-]{20,}"
+    r"|(?:[a-z0-9]{2,8}-){0,2}(?:(?=[A-Za-z]{0,60}\d)[A-Za-z0-9]{20,}|[A-Za-z]{32,}))"
+)
 _TOKEN = re.compile(
     rf"""(?<![A-Za-z0-9])(?:
         sk-{_SK} | pk-lf-[\w-]{{20,}} | (?:sk|rk)_(?:live|test)_[A-Za-z0-9]{{16,}} | gsk_[A-Za-z0-9]{{20,}}
@@ -65,13 +71,14 @@ _PEM = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----"
     r"(?:[^-]*(?:-(?!----)[^-]*)*-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----|(?:[A-Za-z0-9+/=\s\\]{16,})?)"
 )
-_URL = re.compile(r"(?<=[A-Za-z0-9]://)[^\s/@:\"'<>\\]{0,128}:[^\s/\"'<>\\]{1,256}@(?=[\w\[])")
+_URL = re.compile(r"(?<=[A-Za-z0-9]://)[^\s\x00-\x1f/?#@:\"'<>\\]{0,128}:[^\s\x00-\x1f/?#\"'<>\\]{1,256}@(?=[\w\[])")
 # The end of a key and what may stand between it and its value; the rest of the key is looked up to the left.
-_ASSIGNMENT_TEXT = (
-    r"(?:authorization|key|keys|passw(?:or)?d|passphrase|passcode|pwd|secret|token|credentials?|cookie|dsn|"
-    r"connection[ _-]?string|비밀번호|비번|패스워드)"
+# A set of first letters, not a choice of words: it is what the search skips ahead by.
+_WORDS = r"uthorization|eys?|assw(?:or)?d|assphrase|asscode|wd|ecret|oken|redentials?|ookie|sn|onnection[ _-]?string"
+_ASSIGNMENT = re.compile(
+    rf"[akpstcdAKPSTCD비패](?:(?i:{_WORDS})|밀번호|번|스워드)(?P<between>\\{{0,3}}[\"']? ?(?P<sign>[:=])=? {{0,3}})",
+    re.ASCII,
 )
-_ASSIGNMENT = re.compile(rf"(?i:{_ASSIGNMENT_TEXT})(?P<between>\\{{0,3}}[\"']? ?(?P<sign>[:=])=? {{0,3}})")
 _KEY_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 _COOKIES = re.compile(r"\\{0,3}[\"']?([^\s=;\"'\\]{1,128}=[^\r\n\"'\\]+)")
 _SCHEMED = re.compile(
@@ -87,25 +94,30 @@ _HINT_K = re.compile(
     rb"|(?<=pcsk_)\w{20}|(?<=v2_sk_)\w{20}))"
 ).search
 _HINT_H = re.compile(rb"h(?:[pousr]_[A-Za-z0-9]{20}|f_[A-Za-z0-9]{30}|ub_pat_)").search
-_HINT_P = re.compile(rb"p(?:at-[\w-]{20}|[mt]_[A-Za-z0-9]{20}|ypi-Ag)").search
+_HINT_P = re.compile(rb"p(?:at-[\w-]{20}|m_(?<=npm_)[A-Za-z0-9]{30}|t_(?<=v2_pt_)|ypi-Ag)").search
 _HINT_X = re.compile(rb"xox[a-z]-").search
 _HINT_I = re.compile(rb"I(?:A[A-Z0-9]{16}|za[\w-]{35})").search
-_HINT_J = re.compile(rb"J[\w-]{8,}\.[\w-]*\.").search
+_HINT_J = re.compile(rb"eyJ[\w-]{8}").search
 _HINT_B = re.compile(rb"B(?:earer [\w.~+/=-]{16}|asic [A-Za-z0-9+/]{8})").search
 _HINT_PEM = re.compile(rb"PRIVATE KEY(?: BLOCK)?-----").search
-_HINT_URL = re.compile(rb"://[^\s/\"'<>\\]{1,400}@").search
-_HINT_COLON = re.compile(rb':(?:(?<=[^"0-9]:)|(?<=\\":))').search
-_HINT_ASSIGNMENT = re.compile(rb"(?i:" + _ASSIGNMENT_TEXT.encode() + rb")(?!\":)[\\\"' ]{0,10}[:=]").search
+_HINT_URL = re.compile(rb"://[^\s/\"'<>\\]+@").search
+_HINT_COLON = re.compile(rb':(?<=[^"0-9]:)').search
+_HINT_QUOTED = re.compile(rb'\\":').search
+_HINT_ASSIGNMENT = re.compile(
+    rb"[akpstcd\xeb\xed](?:%b|%b)(?!\":)[\\\"' ]{0,10}[:=]"
+    % (_WORDS.encode(), b"|".join(word.encode()[1:] for word in ("비밀번호", "비번", "패스워드")))
+).search
 
 # --- Personal data. Hangul may stand beside it without a space, so what ends it are ASCII letters and digits only. ---
-_LEFT = r"(?<![A-Za-z0-9_])(?<![A-Za-z0-9]-)(?<!\d[./:,])"
-_RIGHT = r"(?![A-Za-z0-9_])(?![-./:,]\d)"
+_LEFT = r"(?<![A-Za-z0-9_])(?<![A-Za-z0-9]-)(?<!\d\.)"
+_RIGHT = r"(?![A-Za-z0-9_])(?![-.]\d)"
 _EMAIL = re.compile(
     r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9_])", re.ASCII
 )
 _RESIDENT = re.compile(rf"{_LEFT}\d{{6}} ?[-–]? ?\d{{7}}{_RIGHT}", re.ASCII)
 _CARD = re.compile(
-    rf"{_LEFT}(?:\d{{13,19}}|\d{{4}}([ -])\d{{4}}\1\d{{4}}\1\d{{1,4}}(?:\1\d{{3}})?|\d{{4}}([ -])\d{{6}}\2\d{{4,5}}){_RIGHT}",
+    rf"{_LEFT}(?:\d{{13,19}}|\d{{4}}([ -])\d{{4}}\1\d{{4}}\1\d{{1,4}}(?:\1\d{{3}})?"
+    rf"|\d{{4}}([ -])\d{{6}}\2\d{{4,5}}){_RIGHT}",
     re.ASCII,
 )
 #: First digits and lengths of the networks: Visa, Mastercard, American Express, Diners, Discover, JCB, UnionPay, and
@@ -134,23 +146,8 @@ _ACCOUNT = re.compile(
 )
 #: How Korean banks group the digits. 3-4-4 and 3-3-4 are missing: those are phones; 3-2-5 is a business.
 _GROUPINGS = frozenset(
-    [
-        "6-2-6",
-        "3-3-6",
-        "3-2-6",
-        "4-3-6",
-        "3-6-5",
-        "3-6-3",
-        "4-2-6",
-        "4-2-7",
-        "4-4-4",
-        "3-6-2-3",
-        "3-4-4-2",
-        "3-2-4-3",
-        "4-4-4-1",
-        "3-2-6-1",
-        "4-2-6-1",
-    ]
+    {"6-2-6", "3-3-6", "3-2-6", "4-3-6", "3-6-5", "3-6-3", "4-2-6", "4-2-7", "4-4-4"}
+    | {"3-6-2-3", "3-4-4-2", "3-2-4-3", "4-4-4-1", "3-2-6-1", "4-2-6-1"}
 )
 _AREA = r"(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70|80|50\d?|1[016-9])"
 _PHONE = re.compile(
@@ -160,7 +157,8 @@ _PHONE = re.compile(
       | (?:15(?:22|33|44|66|77|88|99)|16(?:00|11|22|33|44|55|61|66|68|70|77|88|99)|18(?:00|11|22|33|44|55|66|77|88|99))
         -(?!1[4-9]\d\d|20\d\d)\d{{4}}
       | (?:1[-. ])?(?:\([2-9]\d\d\)\ ?[2-9]\d\d[-. ]|[2-9]\d\d-[2-9]\d\d-|[2-9]\d\d\.[2-9]\d\d\.)\d{{4}}
-      | (?<!\+)\+[1-9](?:[-. ]?\(?\d\)?){{8,14}}
+      | \+82[-. ]?(?:\(0\)|0)?{_AREA}[-. ]?\d{{3,4}}[-. ]?\d{{4}}
+      | (?<!\+)\+[1-9](?:[-. ()]{{0,2}}\d){{8,14}}
     ){_RIGHT}""",
     re.ASCII | re.VERBOSE,
 )
@@ -176,7 +174,7 @@ class Redactor:
     def __init__(self, *, secrets: bool = True, personal: Collection[PersonalData] = ()) -> None:
         self._secrets = secrets
         self._kinds = frozenset(personal)
-        self._passes = [(kind, pattern, check) for kind, pattern, check in _PERSONAL if kind in self._kinds]
+        self._passes = [each for each in _PERSONAL if each[0] in self._kinds]
         #: Whether any kind of personal data is to be redacted.
         self.personal = bool(self._kinds)
         #: Whether anything is to be redacted at all.
@@ -198,10 +196,8 @@ class Redactor:
     def text(self, text: str) -> str:
         """Return `text` with everything that matches replaced; the same object if nothing does."""
         redacted = self._without_secrets(text) if self._secrets else text
-        # Of the ordinary texts most have no long number in them, and are done after one pass.
-        numbers = self._passes and _LONG_NUMBER.search(redacted)
-        for kind, pattern, check in self._passes:
-            if numbers or kind == "passport" or (kind == "email" and "@" in redacted) or kind == "account":
+        for _, may_match, pattern, check in self._passes:
+            if may_match(redacted):
                 redacted = pattern.sub(check, redacted)
         return text if redacted == text else redacted
 
@@ -211,7 +207,8 @@ class Redactor:
             return number
         digits = str(number)
         # An account number is a number like any other if no word stands beside it, so it is never told here.
-        if "resident_number" in self._kinds and _is_resident_number(digits.zfill(13)):  # born in 2000: 12 digits
+        # Whoever was born from 2001 to 2009 has a zero in front, which an integer loses.
+        if "resident_number" in self._kinds and number >= 10**11 and _is_resident_number(digits.zfill(13)):
             return "[resident_number]"
         if "card" in self._kinds and _is_card(digits):
             return "[card]"
@@ -232,7 +229,10 @@ class Redactor:
             or (66 in encoded and _HINT_B(encoded))  # B
             or (75 in encoded and _HINT_PEM(encoded))  # K
             or (64 in encoded and _HINT_URL(encoded))  # @
-            or ((61 in encoded or _HINT_COLON(encoded)) and _HINT_ASSIGNMENT(encoded))  # =, or a colon inside a text
+            or (  # =, or a colon inside a text
+                (61 in encoded or (92 in encoded and _HINT_QUOTED(encoded)) or _HINT_COLON(encoded))
+                and _HINT_ASSIGNMENT(encoded.lower())
+            )
         )
 
     def _without_secrets(self, text: str) -> str:
@@ -253,7 +253,7 @@ class Redactor:
                 continue
             left = text[max(0, start - _MAX_KEY) : start]
             key = left[len(left.rstrip(_KEY_CHARACTERS)) :] + text[start : match.start("between")]
-            if key[:1].lower() == "k" and left[-1:] == " ":  # "API key: ..."
+            if left[-1:] == " " and key.lower() in ("key", "keys", "token"):  # "API key: ...", "first token: ..."
                 left = left[:-1]
                 key = f"{left[len(left.rstrip(_KEY_CHARACTERS)) :]}_{key}"
             value = _value(text, end, key, match["sign"]) if self.is_secret(key) else None
@@ -264,7 +264,8 @@ class Redactor:
 
 
 def _secret_key(key: str) -> bool:
-    return _SECRET_KEY.search(_CAMEL.sub("_", key[-_MAX_KEY:]).lower()) is not None
+    snake = _CAMEL.sub("_", key[-_MAX_KEY:]).lower()
+    return _SECRET_KEY.search(snake) is not None and _PLAIN_TOKEN.search(snake) is None
 
 
 def _value(text: str, start: int, key: str, sign: str) -> tuple[int, int] | None:
@@ -363,12 +364,22 @@ def _always(kind: PersonalData) -> Callable[[re.Match[str]], str]:
     return lambda match: f"[{kind}]"
 
 
-#: In this order: what has a check digit goes before what has only a form.
-_PERSONAL: list[tuple[PersonalData, re.Pattern[str], Callable[[re.Match[str]], str]]] = [
-    ("email", _EMAIL, _always("email")),
-    ("passport", _PASSPORT, _passport),
-    ("resident_number", _RESIDENT, _resident),
-    ("card", _CARD, _card),
-    ("account", _ACCOUNT, _account),
-    ("phone", _PHONE, _always("phone")),
+def _has_at(text: str) -> bool:
+    return "@" in text
+
+
+def _has_long_number(text: str) -> bool:
+    return _LONG_NUMBER.search(text) is not None
+
+
+_Pass = tuple[PersonalData, Callable[[str], bool], re.Pattern[str], Callable[[re.Match[str]], str]]
+#: In this order: what has a check digit goes before what has only a form. Ordinary texts have no long number in them:
+#: they are done after a quick look.
+_PERSONAL: list[_Pass] = [
+    ("email", _has_at, _EMAIL, _always("email")),
+    ("passport", bool, _PASSPORT, _passport),
+    ("resident_number", _has_long_number, _RESIDENT, _resident),
+    ("card", _has_long_number, _CARD, _card),
+    ("account", _has_long_number, _ACCOUNT, _account),
+    ("phone", _has_long_number, _PHONE, _always("phone")),
 ]
