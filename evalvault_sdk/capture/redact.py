@@ -16,9 +16,8 @@ import binascii
 import datetime as dt
 import re
 from collections.abc import Callable, Collection
-from typing import Literal
 
-PersonalData = Literal["email", "phone", "card", "resident_number", "passport", "account"]
+from evalvault_sdk.config import PersonalData
 
 #: What stands in place of a secret.
 SECRET = "[secret]"  # noqa: S105 - the opposite of one

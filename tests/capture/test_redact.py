@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from evalvault_sdk.capture.redact import SECRET, PersonalData, Redactor
+from evalvault_sdk.capture.redact import SECRET, Redactor
+from evalvault_sdk.config import PersonalData
 
 KINDS: tuple[PersonalData, ...] = ("email", "phone", "card", "resident_number", "passport", "account")
 
