@@ -7,11 +7,20 @@ Live stage tracing of RAG services for EvalVault.
 
     with tracer.stage("retrieval") as stage:
         stage.set(doc_ids=["doc-1"], scores=[0.91], top_k=5)
+
+A program that carries no tracer around calls `evalvault_sdk.configure(run_id="rag-001")` once, and
+`evalvault_sdk.stage(...)` wherever it likes.
 """
 
 from evalvault_sdk.builder import StageEventBuilder
+from evalvault_sdk.capture.bind import ContextThreadPoolExecutor, bind
+from evalvault_sdk.capture.call import Call
+from evalvault_sdk.capture.documents import documents
+from evalvault_sdk.capture.propagate import trace_headers
 from evalvault_sdk.capture.stage import StageContext, current_stage
+from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.config import Settings
+from evalvault_sdk.default import default as _default
 from evalvault_sdk.delivery.account import FlushReport, Stats
 from evalvault_sdk.errors import (
     ConfigurationError,
@@ -20,16 +29,30 @@ from evalvault_sdk.errors import (
     MissingDependencyError,
 )
 from evalvault_sdk.events import StageEvent, StagePayloadRef
+from evalvault_sdk.payload import FolderPayloadStore, PayloadStore
 from evalvault_sdk.tracer import StageTracer
 
 __version__ = "0.1.0"
 
+configure = _default.configure
+stage = _default.stage
+trace = _default.trace
+record_stage = _default.record_stage
+record_batch = _default.record_batch
+flush = _default.flush
+shutdown = _default.shutdown
+stats = _default.stats
+
 __all__ = [
+    "Call",
     "ConfigurationError",
+    "ContextThreadPoolExecutor",
     "EvalVaultError",
     "FlushReport",
+    "FolderPayloadStore",
     "InvalidStageEventError",
     "MissingDependencyError",
+    "PayloadStore",
     "Settings",
     "StageContext",
     "StageEvent",
@@ -37,6 +60,18 @@ __all__ = [
     "StagePayloadRef",
     "StageTracer",
     "Stats",
+    "TraceContext",
     "__version__",
+    "bind",
+    "configure",
     "current_stage",
+    "documents",
+    "flush",
+    "record_batch",
+    "record_stage",
+    "shutdown",
+    "stage",
+    "stats",
+    "trace",
+    "trace_headers",
 ]

@@ -27,9 +27,7 @@ from evalvault_sdk.tracer import StageTracer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_NOTHING = FlushReport(
-    recorded=0, delivered=0, spooled=0, queued=0, in_flight=0, rejected=0, dropped={}, in_time=True
-)
+_NOTHING = FlushReport(recorded=0, delivered=0, spooled=0, queued=0, in_flight=0, rejected=0, dropped={}, in_time=True)
 
 
 class _DefaultRecorder(Recorder):

@@ -6,7 +6,7 @@ Out:  `RecordedStages`: the events, the tree they make, its outline.
 
     def test_an_answer_is_retrieved_first(evalvault_stages):
         answer("보험 보장금액은?")
-        assert evalvault_stages.outline() == "request\\n  retrieval\\n  output"
+        assert evalvault_stages.outline().splitlines() == ["request", "  retrieval", "  output"]
         assert evalvault_stages.find("retrieval").attributes["top_k"] == 5
 
 `evalvault_stages` is a fixture for pytest, there as soon as this package is installed. It has `watch(tracer)` for

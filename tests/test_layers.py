@@ -21,7 +21,10 @@ MAY_IMPORT = {
     "server": {"__init__"},
     "cli": {"server", "delivery", "capture", "__init__"},
     "integrations": {"tracer", "delivery"},
-    "__init__": {"capture", "delivery", "tracer"},
+    "default": {"capture", "delivery", "tracer"},
+    "testing": {"capture", "delivery", "tracer", "default"},
+    "pytest_plugin": {"testing"},
+    "__init__": {"capture", "delivery", "tracer", "default"},
 }
 #: A third-party package, and the only places that may import it.
 ONLY_IN = {
@@ -33,6 +36,7 @@ ONLY_IN = {
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
     "prometheus_client": {"integrations/prometheus.py"},
     "tenacity": {"delivery/breaker.py"},
+    "pytest": {"pytest_plugin.py"},
     "requests": {
         "delivery/transport/http.py",
         "delivery/transport/deadline.py",
