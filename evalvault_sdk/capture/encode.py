@@ -89,8 +89,10 @@ class Encoder:
             try:
                 if self._is_small(fields):
                     event = orjson.dumps(fields, option=_OPTIONS)
-                    if len(event) <= self._max_event and not self._redactor.may_hold_secret(event):
-                        return event
+                    if len(event) <= self._max_event:
+                        content_at = event.find(b'"attributes":')
+                        if not self._redactor.may_hold_secret(event, content_at):
+                            return event
             except Exception:  # noqa: BLE001,S110 - something that orjson alone has no form for
                 pass
         return self._thorough(fields, notes)
@@ -147,8 +149,13 @@ class Encoder:
             return _NOT_PLAIN
         size = 4
         if kind is not dict:
-            try:  # the lists of RAG are mostly ids or scores: two steps in C
-                return len("".join(value)) * _CHARACTER_BYTES + 3 * len(value) + size
+            if not value:
+                return size
+            try:  # the lists of RAG are mostly ids or scores: one step in C
+                if type(value[0]) is str:
+                    return len("".join(value)) * _CHARACTER_BYTES + 3 * len(value) + size
+                sum(value)
+                return len(value) * _NUMBER_BYTES + size
             except TypeError:
                 pass
             for item in value:
@@ -167,7 +174,8 @@ class Encoder:
 
     def _thorough(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         content, cuts = self._content_of(fields, self._limits, notes)
-        plain = {**{name: _field(value) for name, value in fields.items() if name not in content}, **content}
+        plain = {name: _field(value) for name, value in fields.items() if name not in content}
+        plain.update(content)
         event: bytes | None = orjson.dumps(plain)
         if event is not None and len(event) > self._max_event:
             event = shrink(event, self._max_event)

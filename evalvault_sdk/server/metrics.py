@@ -193,6 +193,8 @@ def _input(attributes: Mapping[str, Any]) -> Iterator[_Finding]:
     query = attributes.get("query")
     if isinstance(query, str):
         yield "query_length", float(len(query)), {"length": len(query)}
+    elif (length := _number(attributes.get("query_length"))) is not None:  # from a client with content="none"
+        yield "query_length", length, {"length": length}
 
 
 def _classification(attributes: Mapping[str, Any]) -> Iterator[_Finding]:

@@ -72,6 +72,7 @@ RETRIEVAL = {"doc_ids": ["a", "b", "c", "d"], "scores": [0.75, 0.5, 0.25, 0.5], 
         ("output", {"citations": {"count": 5}}, {"citation_count": 5}),
         ("output", {"citations": "one"}, {"citation_count": 1}),
         ("input", {"query": "보험금"}, {"query_length": 3}),
+        ("input", {"query_length": 12}, {"query_length": 12}),
         ("input", {"query": 7}, {}),
         (
             "language_detection",
