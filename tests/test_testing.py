@@ -62,12 +62,11 @@ def test_a_tracer_of_the_program_is_watched_and_afterwards_as_before() -> None:
 
 def test_the_clock_stands_still_until_it_is_advanced() -> None:
     real = (clock.time_ns, clock.perf_counter_ns)
-    with record_stages() as recorded, FakeClock(1_767_780_000) as fake:
-        with evalvault_sdk.stage("outer"):
-            for name in ("first", "second"):
-                with evalvault_sdk.stage(name):
-                    fake.advance(1.5)
-            fake.advance(2)
+    with record_stages() as recorded, FakeClock(1_767_780_000) as fake, evalvault_sdk.stage("outer"):
+        for name in ("first", "second"):
+            with evalvault_sdk.stage(name):
+                fake.advance(1.5)
+        fake.advance(2)
     assert (clock.time_ns, clock.perf_counter_ns) == real
     assert recorded.outline().splitlines() == ["outer", "  first", "  second"]
     assert recorded.find("first").event.duration_ms == 1500

@@ -13,12 +13,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from evalvault_sdk.capture.context import open_scope
 from evalvault_sdk.capture.stream import UNFINISHED, Body, carried_on
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -54,6 +55,7 @@ def bind(function: F) -> F:
 class ContextThreadPoolExecutor(ThreadPoolExecutor):
     """A `ThreadPoolExecutor` whose functions run in the context they were submitted in: `submit` as well as `map`."""
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Schedule a call in a copy of the current context (`contextvars`)."""
-        return super().submit(contextvars.copy_context().run, fn, *args, **kwargs)
+        call: Callable[..., T] = contextvars.copy_context().run
+        return super().submit(call, fn, *args, **kwargs)
