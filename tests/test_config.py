@@ -7,7 +7,7 @@ import attrs
 import pytest
 
 from evalvault_sdk import ConfigurationError, Settings, StageTracer
-from evalvault_sdk.config import SettingArguments
+from evalvault_sdk.config import PERSONAL_DATA, SettingArguments
 
 
 def test_an_argument_wins_over_its_variable_and_the_variable_over_the_default() -> None:
@@ -119,3 +119,58 @@ def test_the_off_switch_of_the_operator_wins_over_the_code() -> None:
 
 def test_a_url_may_end_with_a_slash_and_none_means_not_given() -> None:
     assert Settings.resolve({}, run_id="r", api_url="http://host/path/", token=None).api_url == "http://host/path"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "problem"),
+    [
+        ("sample_rate", 1.5, "sample_rate must be a number from 0"),
+        ("sample_rate", True, "sample_rate must be a number from 0"),
+        ("sample_rate", float("nan"), "sample_rate must be a number from 0"),
+        ("sample_keep_slow_ms", -1, "sample_keep_slow_ms must be a number of milliseconds"),
+        ("content", "some", "content must be one of: all, none"),
+        ("personal_data", ["e-mail"], "personal_data must be some of: email, phone, card"),
+        ("personal_data", 5, "personal_data must be some of"),
+        ("mask", "hide", "mask must be a function"),
+        ("payload_store", "folder", r"payload_store must be an object with the method put\(\)"),
+        ("max_attribute_bytes", 10, "max_attribute_bytes must be a whole number of at least 1024"),
+        ("max_event_bytes", 1, "max_event_bytes must be a whole number of at least 4096"),
+        ("max_depth", 0, "max_depth must be a whole number from 1 to 200"),
+        ("max_items", 1, "max_items must be a whole number of at least 10"),
+        ("traceback_frames", -1, "traceback_frames must be a whole number from 0 to 1000"),
+        ("console", "yes", "console must be True or False"),
+        ("scrub_secrets", 1, "scrub_secrets must be True or False"),
+    ],
+)
+def test_a_wrong_setting_of_capture_says_which_and_what_it_may_be(setting: str, value: Any, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        StageTracer("run", **{setting: value})
+
+
+def test_settings_of_capture_come_from_variables_too() -> None:
+    environ = {
+        "EVALVAULT_SAMPLE_RATE": "0.25",
+        "EVALVAULT_PERSONAL_DATA": "email, Phone",
+        "EVALVAULT_CONTENT": "none",
+        "EVALVAULT_SAMPLE_KEEP_SLOW_MS": "1500",
+        "EVALVAULT_SCRUB_SECRETS": "off",
+        "EVALVAULT_TRACEBACK_FRAMES": "5",
+        "EVALVAULT_CONSOLE": "1",
+    }
+    settings = Settings.resolve(environ, run_id="r")
+    assert (settings.sample_rate, settings.personal_data, settings.content) == (0.25, ("email", "phone"), "none")
+    assert (settings.sample_keep_slow_ms, settings.scrub_secrets) == (1500, False)
+    assert (settings.traceback_frames, settings.console) == (5, True)
+    every_kind = Settings.resolve({"EVALVAULT_PERSONAL_DATA": "all"}, run_id="r").personal_data
+    assert every_kind == PERSONAL_DATA == Settings.resolve({}, run_id="r", personal_data="all").personal_data
+    with pytest.raises(ConfigurationError, match="from the variable EVALVAULT_PERSONAL_DATA"):
+        Settings.resolve({"EVALVAULT_PERSONAL_DATA": "email;phone"}, run_id="r")
+
+
+def test_tracers_that_differ_in_capture_alone_share_a_worker(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    plain = StageTracer("a", file=file)
+    masked = StageTracer("b", file=file, mask=lambda content: content, sample_rate=0.5, personal_data=["email"])
+    assert plain._outbox.worker is masked._outbox.worker
+    plain.shutdown()
+    masked.shutdown()

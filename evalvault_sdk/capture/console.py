@@ -67,16 +67,16 @@ def _wants_colour(stream: TextIO) -> bool:
 
 
 def _line(event: dict[str, Any], depth: int, *, colour: bool) -> str:
-    status = event.get("status", "success")
+    status = _printable(str(event.get("status", "success")))[:_VALUE]
     duration_ms = event.get("duration_ms")
     took = f"{duration_ms:,.1f} ms" if isinstance(duration_ms, (int, float)) else ""
     name = event.get("stage_name")
     title = f"{'  ' * depth}{event.get('stage_type')}{f' ({name})' if name else ''}"
     told = " ".join(f"{key}={_short(value)}" for key, value in event.get("attributes", {}).items())
     clock = str(event.get("finished_at", ""))[11:19]
-    line = _printable(f"{clock} {title:<44} {took:>12}  {status:<9} {told}")[:_LINE].rstrip()
-    code = _COLOURS.get(status, "33")
-    return line.replace(status, f"\x1b[{code}m{status}\x1b[0m", 1) if colour else line
+    before = _printable(f"{clock} {title:<44} {took:>12}  ")[: _LINE - _VALUE]
+    after = _printable(f"{'':<{max(9 - len(status), 0)}} {told}")[: _LINE - len(before) - len(status)].rstrip()
+    return f"{before}\x1b[{_COLOURS.get(status, '33')}m{status}\x1b[0m{after}" if colour else before + status + after
 
 
 def _short(value: Any) -> str:

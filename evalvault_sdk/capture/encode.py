@@ -82,6 +82,7 @@ class Encoder:
         self._look_at_all = content != "all" or mask is not None or self._redactor.personal
         self._max_attribute = self._limits.max_attribute_bytes
         self._max_event = self._limits.max_event_bytes
+        self._max_text = self._max_attribute // _CHARACTER_BYTES
 
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
@@ -127,15 +128,15 @@ class Encoder:
 
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
-        verdicts, limit = self._redactor.verdicts, self._max_attribute
+        verdicts, max_text = self._redactor.verdicts, self._max_text
         for key, value in values.items():
             if verdicts.get(key, True) and self._redactor.is_secret(key):
                 return False
             kind = type(value)
             if kind is str:
-                if len(value) * _CHARACTER_BYTES > limit:
+                if len(value) > max_text:
                     return False
-            elif kind not in _SCALARS and self._size(value, kind, self._limits.max_depth) > limit:
+            elif kind not in _SCALARS and self._size(value, kind, self._limits.max_depth) > self._max_attribute:
                 return False
         return True
 
@@ -162,7 +163,7 @@ class Encoder:
                 size += self._size(item, type(item), depth - 1)
             return size
         for key, item in value.items():
-            if type(key) is not str or self._redactor.is_secret(key):
+            if type(key) is not str or (self._redactor.verdicts.get(key, True) and self._redactor.is_secret(key)):
                 return _NOT_PLAIN
             size += len(key) * _CHARACTER_BYTES + 4 + self._size(item, type(item), depth - 1)
         return size

@@ -81,7 +81,8 @@ class Recorder:
         try:
             if self.sampling is not None:
                 return self.sampling.record(self, fields, trace)
-            return self.put(fields)
+            event = self.encoder.encode(fields, self)
+            return (event is not None and self.sink.put(event)) or self._not_taken(event)
         except Exception as error:  # noqa: BLE001 - see the module's promise
             self.fault("recording a stage", error)
             return False
@@ -95,17 +96,22 @@ class Recorder:
         """Return an event as bytes; None if it is too large whatever is cut, and counted as dropped."""
         event = self.encoder.encode(fields, self)
         if event is None:
-            self.sink.refuse("too_large")
+            self._not_taken(event)
         return event
 
     def put_encoded(self, event: bytes) -> bool:
         """Put an event into the sink."""
-        taken = self.sink.put(event)
-        if not taken and self.sink.closed:
+        return self.sink.put(event) or self._not_taken(event)
+
+    def _not_taken(self, event: bytes | None) -> bool:
+        """See to it that the loss of an event is counted, and said if it is one of ours to avoid. Returns False."""
+        if event is None:
+            self.sink.refuse("too_large")
+        elif self.sink.closed:
             self._log.warn(
                 "closed", "a stage was recorded after shutdown() and is lost; further ones are counted as 'closed'"
             )
-        return taken
+        return False
 
     def draws(self, trace_id: str | None) -> bool:
         """Whether a trace is recorded from its beginning to its end."""

@@ -9,6 +9,7 @@ Caller's thread or task. The block's exceptions pass through unchanged; ours nev
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from evalvault_sdk.events import StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of
 
 T = TypeVar("T")
+
+_modules = sys.modules
 
 
 class StageContext(Scope):
@@ -164,12 +167,15 @@ class StageContext(Scope):
         self.stage_id = stage_id
         self._outer = outer
         self.parent_stage_id, self._trace, self._opened_trace = place(
-            self._below() or outer, self._recorder.run_id, stage_id, self.parent_stage_id, self._trace_id
+            outer if self._parent is None else self._below() or outer,
+            self._recorder.run_id,
+            stage_id,
+            self.parent_stage_id,
+            self._trace_id,
         )
         self.trace_id = self._trace.trace_id
         self.span_id = span_id_of(stage_id)
-        span = current_span()
-        if span is not None:
+        if "opentelemetry.trace" in _modules and (span := current_span()) is not None:
             self._take_over(span)
         self._started_ns = started_ns
         self._started_perf_ns = clock.perf_counter_ns()
@@ -214,7 +220,7 @@ class StageContext(Scope):
             recorder.record(self._fields(elapsed_ns), self._trace)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)
-        if self._opened_trace:
+        if self._opened_trace and recorder.sampling is not None:
             recorder.end_trace(self._trace)
 
     def _came_to_grief(self, error: BaseException) -> None:
@@ -331,12 +337,12 @@ class _NoStage(StageContext):
     def __init__(self) -> None:
         super().__init__(NOWHERE, "none")
 
+    #: A new one at each look: what is put in goes nowhere.
+    attributes = metadata = property(lambda _: {}, lambda _, value: None)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(self, "_call"):  # the last that the constructor sets
             super().__setattr__(name, value)
-
-    def __getattribute__(self, name: str) -> Any:
-        return {} if name in ("attributes", "metadata") else super().__getattribute__(name)
 
     def __enter__(self) -> StageContext:
         return self

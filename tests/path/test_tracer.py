@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import timeit
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,16 @@ from typing import Any
 import pytest
 
 from evalvault_sdk import StageEvent, StageEventBuilder, StagePayloadRef, StageTracer
-from tests.support import ROOT, LiveServer, balances, clean_environment, free_port, live_server, wait_for
+from tests.support import (
+    ROOT,
+    LiveServer,
+    MemoryTransport,
+    balances,
+    clean_environment,
+    free_port,
+    live_server,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -347,6 +357,45 @@ def test_a_disabled_tracer_has_no_thread_no_network_and_no_events() -> None:
         tracer.record_batch([{"stage_type": "c"}])
         assert tracer.flush(5).recorded == 0
     assert threading.active_count() == before
+
+
+def test_a_disabled_tracer_costs_next_to_nothing_and_keeps_nothing() -> None:
+    tracer = StageTracer("r", enabled=False)
+
+    def function() -> int:
+        return 1
+
+    assert tracer.stage("a")(function) is function
+    assert tracer.stage(function) is function
+    with tracer.stage("a", attributes={"x": 1}) as stage, tracer.trace(session_id="s") as trace:
+        stage.set(x=1)
+        stage.attributes = {"y": 2}
+        stage.attributes["z"] = 3
+        stage.metadata["z"] = 3
+        stage.stage_name, stage.status, stage.attempt = "n", "error", 2
+        stage.fail("no")
+        stage.skip()
+        stage.save_input("x")
+        with StageTracer("other", transport=MemoryTransport()).stage("child", parent=stage) as child:
+            assert child.parent_stage_id is None
+    assert stage.attributes == stage.metadata == {}
+    assert stage.stage_name is None
+    assert stage.attempt == 1
+    assert tracer.stage("b") is stage
+    assert trace.trace_id
+    assert tracer.record_stage("c", stage_id="given") == "given"
+    assert tracer.stats().recorded == 0
+
+    def seconds(of: StageTracer) -> float:
+        def run() -> None:
+            with of.stage("retrieval") as stage:
+                stage.set(doc_ids=["d1", "d2"], scores=[0.9, 0.8], top_k=2)
+
+        return min(timeit.repeat(run, number=2000, repeat=5))
+
+    enabled = StageTracer("r", transport=MemoryTransport())
+    assert seconds(tracer) < seconds(enabled) / 5  # of its own 1/8: this machine may be busy
+    enabled.shutdown()
 
 
 def test_a_tracer_that_is_forgotten_delivers_and_ends_its_thread(server: LiveServer) -> None:
