@@ -33,11 +33,12 @@ _NOTHING = FlushReport(recorded=0, delivered=0, spooled=0, queued=0, in_flight=0
 class _DefaultRecorder(Recorder):
     """A recorder that does as the one of the configured tracer does."""
 
-    __slots__ = ("_configuring", "tracer")
+    __slots__ = ("_configuring", "_is_configuring", "tracer")
 
     def __init__(self) -> None:
         super().__init__(NOWHERE.run_id, NOWHERE.sink)
         self.tracer: StageTracer | None = None
+        self._is_configuring = False
         self._configuring = threading.RLock()  # reentrant: a finalizer may record in the middle of it
 
     def use(self, tracer: StageTracer) -> None:
@@ -46,17 +47,24 @@ class _DefaultRecorder(Recorder):
         self.tracer = tracer
 
     def record(self, fields: dict[str, Any], trace: Trace | None = None) -> bool:
-        """Record an event with the configured tracer, the first time perhaps that of the environment."""
-        if self.sink is NOWHERE.sink and self.enabled:
-            self._configure_from_environment()
+        """Record an event with the configured tracer."""
+        self.make_ready()
         fields["run_id"] = self.run_id  # the stage may have begun before it was known
         return super().record(fields, trace)
 
-    def _configure_from_environment(self) -> None:
+    def draws(self, trace_id: str | None) -> bool:
+        """Whether a trace is recorded from its beginning to its end."""
+        self.make_ready()
+        return super().draws(trace_id)
+
+    def make_ready(self) -> None:
+        """Configure from the environment, if nobody has called `configure` before the first use."""
+        if self.sink is not NOWHERE.sink or not self.enabled:
+            return
         with self._configuring:
-            if self.sink is not NOWHERE.sink or not self.enabled:
+            if self.sink is not NOWHERE.sink or not self.enabled or self._is_configuring:
                 return
-            self.enabled = False  # whatever comes of it, it is not tried again
+            self._is_configuring = True
             try:
                 if os.environ.get("EVALVAULT_RUN_ID") or os.environ.get("EVALVAULT_SDK_DISABLED"):
                     self.use(StageTracer())
@@ -66,12 +74,16 @@ class _DefaultRecorder(Recorder):
                 warn("stages are not recorded: %s", error)
             except Exception as error:  # noqa: BLE001 - no thread to be had, for example: not the host's problem
                 warn("stages are not recorded (%s)", type(error).__name__)
+            finally:
+                self._is_configuring = False
+                self.enabled = self.enabled and self.sink is not NOWHERE.sink  # it is not tried again
 
 
 class DefaultTracer(Stages):
     """The one behind the functions of the package."""
 
     _recorder: _DefaultRecorder
+    _may_be_enabled_later = True
 
     def __init__(self) -> None:
         super().__init__(_DefaultRecorder())

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar, cast
 
 from evalvault_sdk.capture.context import open_scope
+from evalvault_sdk.capture.decorate import called
 from evalvault_sdk.capture.stream import UNFINISHED, Body, carried_on
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,7 +43,7 @@ def bind(function: F) -> F:
             body.pause(outside)
         return carried_on(body, result) if type(result) in UNFINISHED else result
 
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(called(function)):
 
         @functools.wraps(function)
         async def awaited(*args: Any, **kwargs: Any) -> Any:

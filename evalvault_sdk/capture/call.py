@@ -9,7 +9,6 @@ before the call (which may change them), and no iterator is consumed.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,11 +30,12 @@ class Call:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    _signature: inspect.Signature | None = attrs.field(default=None, repr=False)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments by the names of their parameters, defaults included; `*args` is a tuple, `**kwargs` a dict."""
-        signature = _signature(self.function)
+        signature = self._signature
         if signature is None:
             return {f"arg{number}": value for number, value in enumerate(self.args)} | dict(self.kwargs)
         bound = signature.bind(*self.args, **self.kwargs)
@@ -46,11 +46,11 @@ class Call:
         return self.arguments[name]
 
 
-@functools.lru_cache(maxsize=1024)
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the signature, if it can be known: that of a builtin often cannot."""
     try:
         return inspect.signature(function)
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):
         return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
+from uuid import UUID
 
 from evalvault_sdk.ids import trace_id_of
 
@@ -48,20 +49,31 @@ class Scope:
     span_id: str | None
     _recorder: Recorder
     _trace: Trace
+    #: The scope around it, as long as this one is open: what has ended must not keep alive what ended before it.
     _outer: Scope | None
     _open: bool
+
+    def is_around(self, scope: Scope | None) -> bool:
+        """Whether `scope` is this one, or one inside it."""
+        while scope is not None and scope is not self:
+            scope = scope._outer
+        return scope is self
 
 
 open_scope: ContextVar[Scope | None] = ContextVar("evalvault_open_scope", default=None)
 
 
 def leave(scope: Scope) -> None:
-    """Make the scope around `scope` the innermost one, if `scope` is it."""
-    if open_scope.get() is scope:
-        outer = scope._outer
-        while outer is not None and not outer._open and outer._outer is not None:
-            outer = outer._outer  # ended before this one: back to the nearest that still runs
-        open_scope.set(outer)
+    """Make what was the innermost scope before `scope` that again; if another one was entered since, take it out."""
+    inner = open_scope.get()
+    if inner is scope:
+        open_scope.set(scope._outer)
+        return
+    while inner is not None:
+        if inner._outer is scope:
+            inner._outer = scope._outer
+            return
+        inner = inner._outer
 
 
 def place(
@@ -80,12 +92,22 @@ def place(
         if trace_id is None:
             trace_id = trace_id_of(parent_id if _is_our_id(parent_id) else stage_id)
         return parent_id, Trace(trace_id), True
+    trace = outer._trace
+    if trace_id is not None and trace_id != trace.trace_id:
+        return parent_id, Trace(trace_id, trace.metadata), True
     if parent_id is None and outer._recorder.run_id == run_id:
         parent_id = outer.stage_id
-    trace = outer._trace
-    if trace_id is None or trace_id == trace.trace_id:
-        return parent_id, trace, False
-    return parent_id, Trace(trace_id, trace.metadata), True
+    return parent_id, trace, False
+
+
+def as_id(value: Any) -> str:
+    """Return an id as text: 32 hexadecimal digits of a UUID, which are a trace id in W3C Trace Context."""
+    if isinstance(value, str):
+        return value
+    try:
+        return value.hex if isinstance(value, UUID) else str(value)
+    except Exception:  # noqa: BLE001 - an object of a user's
+        return type(value).__qualname__
 
 
 def _is_our_id(value: object) -> TypeGuard[str]:

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
-from evalvault_sdk.capture.call import Call
+from evalvault_sdk.capture.call import Call, signature_of
 from evalvault_sdk.capture.context import leave, open_scope
 from evalvault_sdk.capture.proxy import Proxy, proxy
 from evalvault_sdk.capture.stage import StageContext
-from evalvault_sdk.capture.stream import UNFINISHED, StageBody, carried_on
+from evalvault_sdk.capture.stream import UNFINISHED, BegunBody, StageBody, begun_with, carried_on, run_as
 
 _STREAM = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
@@ -41,45 +41,65 @@ def decorated(template: StageContext, function: Any) -> Any:
         return _class_of_callables(template, function)
     if not callable(function):
         raise TypeError(f"a {type(function).__qualname__} is not called: decorate a function, a method or a class")
-    retrying = getattr(function, "retry", None)
-    if hasattr(function, "retry_with") and hasattr(function, "__wrapped__"):
-        # tenacity's: below it, so that each attempt is a stage.
-        return retrying.wraps(decorated(template, function.__wrapped__))  # type: ignore[union-attr]
+    if _is_retrying(function):
+        inner = function
+        while _is_retrying(inner):
+            inner = inner.__wrapped__
+        return function.retry.wraps(decorated(template, inner))  # below it, so that each attempt is a stage
     named: Any = function
     while isinstance(named, functools.partial):
         named = named.func
     kind = type(named)
     name, qualname = getattr(named, "__name__", kind.__name__), getattr(named, "__qualname__", kind.__qualname__)
-    return _measured(template, function, name, qualname)
+    return _measured(template, name, qualname, function)
 
 
 def _class_of_callables(template: StageContext, cls: type) -> type:
     """Make every call of an instance a stage."""
-    call = inspect.getattr_static(cls, "__call__", None)
+    call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
     if not isinstance(call, (FunctionType, Proxy)):
         raise TypeError(f"instances of {cls.__qualname__} are not called: decorate its methods")
-    setattr(cls, "__call__", _measured(template, call, cls.__name__, cls.__qualname__))  # noqa: B010 - as data
+    setattr(cls, "__call__", _measured(template, cls.__name__, cls.__qualname__, call))  # noqa: B010 - as data
     return cls
 
 
-def _measured(template: StageContext, function: Callable[..., Any], name: str, qualname: str) -> Any:
-    flags = _code_flags(function)
+def _measured(template: StageContext, name: str, qualname: str, function: Callable[..., Any]) -> Any:
+    innermost = called(function)
+    flags: int = getattr(getattr(innermost, "__code__", None), "co_flags", 0)
     begin = functools.partial(template._again, qualname, name)
     if flags & _STREAM:
-        return proxy(function, _measured_stream(begin, template, function))
-    measured = _measured_coroutine if flags & inspect.CO_COROUTINE else _measured_function
-    call = measured(begin, template, function)
-    return functools.wraps(function)(call) if type(function) is FunctionType else proxy(function, call)
+        call = _measured_stream(begin, template, function, flags)
+    elif flags & inspect.CO_COROUTINE:
+        call = _measured_coroutine(begin, template, function)
+    else:
+        call = _measured_function(begin, template, function)
+    if type(function) is FunctionType and not flags & _STREAM:
+        # Neither is used in a call, since all arguments are passed on; but they may be looked at.
+        call.__defaults__, call.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+        return functools.wraps(function)(call)
+    # What a coroutine is called, in a warning perhaps, it has from its function.
+    call.__name__, call.__qualname__ = (
+        getattr(innermost, "__name__", name),
+        getattr(innermost, "__qualname__", qualname),
+    )
+    return proxy(function, call, functools.partial(_measured, template, name, qualname))
 
 
-def _code_flags(function: Any) -> int:
-    """Return the flags of the code that is called in the end: below partials and methods; of an object, its method."""
+def _is_retrying(function: Any) -> bool:
+    """Whether tenacity made this function: its attributes alone do not tell, since `functools.wraps` copies them."""
+    return (
+        type(function) is FunctionType
+        and str(function.__globals__.get("__name__")).partition(".")[0] == "tenacity"
+        and hasattr(function, "retry")
+        and hasattr(function, "__wrapped__")
+    )
+
+
+def called(function: Any) -> Any:
+    """Return what is called in the end: below partials and methods; of an object its method."""
     while isinstance(function, (functools.partial, MethodType)):
         function = function.func if isinstance(function, functools.partial) else function.__func__
-    if not inspect.isroutine(function):
-        function = getattr(type(function), "__call__", function)  # noqa: B004
-    flags: int = getattr(getattr(function, "__code__", None), "co_flags", 0)
-    return flags
+    return function if inspect.isroutine(function) else getattr(type(function), "__call__", function)  # noqa: B004
 
 
 def _attempt(stage: StageContext) -> None:
@@ -95,6 +115,7 @@ def _measured_function(
     begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any]
 ) -> Callable[..., Any]:
     capture, recorder = template._call, template._recorder
+    signature = signature_of(function) if capture is not None else None
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         if not recorder.enabled:
@@ -102,18 +123,18 @@ def _measured_function(
         stage = begin()
         _attempt(stage)
         if capture is not None:
-            capture.before(stage, Call(function, args, kwargs))
+            capture.before(stage, Call(function, args, kwargs, signature))
         stage.__enter__()
         try:
             result = function(*args, **kwargs)
+            if type(result) in UNFINISHED and sys.getrefcount(result) <= 2:  # nobody else has it: it is for us to run
+                leave(stage)
+                return carried_on(BegunBody(stage, stage), result)
+            if capture is not None:
+                capture.after(stage, result)
         except BaseException as error:
             stage.__exit__(type(error), error, error.__traceback__)
             raise
-        if type(result) in UNFINISHED:
-            leave(stage)
-            return carried_on(StageBody(stage, stage), result)
-        if capture is not None:
-            capture.after(stage, result)
         stage.__exit__(None, None, None)
         return result
 
@@ -124,6 +145,7 @@ def _measured_coroutine(
     begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any]
 ) -> Callable[..., Any]:
     capture, recorder = template._call, template._recorder
+    signature = signature_of(function) if capture is not None else None
 
     async def measured(*args: Any, **kwargs: Any) -> Any:
         if not recorder.enabled:
@@ -131,7 +153,7 @@ def _measured_coroutine(
         stage = begin()
         _attempt(stage)
         if capture is not None:
-            capture.before(stage, Call(function, args, kwargs))
+            capture.before(stage, Call(function, args, kwargs, signature))
         with stage:
             result = await function(*args, **kwargs)
             if capture is not None:
@@ -142,17 +164,20 @@ def _measured_coroutine(
 
 
 def _measured_stream(
-    begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any]
+    begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any], flags: int
 ) -> Callable[..., Any]:
     capture, recorder = template._call, template._recorder
+    signature = signature_of(function) if capture is not None else None
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
         if not recorder.enabled:
-            return result
+            return function(*args, **kwargs)
         stage = begin()
+        body = StageBody(stage, open_scope.get())
+        made = run_as(body, flags)
+        unfinished = function(*args, **kwargs)
         if capture is not None:
-            capture.before(stage, Call(function, args, kwargs))
-        return carried_on(StageBody(stage, open_scope.get()), result)
+            capture.before(stage, Call(function, args, kwargs, signature))
+        return begun_with(body, unfinished, made)
 
     return measured

@@ -6,29 +6,28 @@ Out:  the ids that a trace goes on with here; the headers for a service that is 
 Caller's thread. What is malformed counts as not given, as the standard wants it.
 
 `traceparent` names a span. Which stage of which run that is, is told by our member of `tracestate`:
-`evalvault=<stage id>;<run id, percent-encoded>`.
+`evalvault=<stage id>;<hash of the run id>`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from typing import Any
-from urllib.parse import quote, unquote
 
 import attrs
 
-from evalvault_sdk.capture.context import Scope, open_scope
+from evalvault_sdk.capture.context import open_scope
 
 #: Version, trace id, span id, flags; later versions may add more (W3C Trace Context, 3.2).
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
-_OURS = "evalvault="
-#: Members and characters of `tracestate` that are handed on (3.3.1.1, 3.3.1.5).
+_OURS = re.compile(r"evalvault=([^;,=]{1,200});([0-9a-f]{16})")
+#: A member of `tracestate` (3.3.1.3); their number, ours included; characters that are handed on (3.3.1.5).
+_MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
 _MAX_MEMBERS = 32
 _MAX_TRACESTATE = 512
-#: Characters of one member's value.
-_MAX_VALUE = 256
 
 
 @attrs.frozen
@@ -37,51 +36,53 @@ class Remote:
 
     trace_id: str
     span_id: str
-    #: The stage that the span is, and its run, if it is one of ours.
+    #: The stage that the span is, and the hash of its run, if it is one of ours.
     stage_id: str | None = None
-    run_id: str | None = None
+    run: str | None = None
     #: The members of `tracestate` that are not ours.
     tracestate: str = ""
 
 
 def read_headers(traceparent: object, tracestate: object = None) -> Remote | None:
     """Return what the headers say, or None without a valid `traceparent`."""
-    match = _TRACEPARENT.fullmatch(traceparent.strip()) if isinstance(traceparent, str) else None
+    match = _TRACEPARENT.fullmatch(traceparent.strip(" \t")) if isinstance(traceparent, str) else None
     if match is None or (match[0].startswith("00") and match[3]):
         return None
-    members = [part.strip() for part in tracestate.split(",", 2 * _MAX_MEMBERS)] if isinstance(tracestate, str) else []
-    others = ",".join(part for part in members[:_MAX_MEMBERS] if part and not part.startswith(_OURS))
-    stage_id = run_id = None
-    for member in members:
-        if member.startswith(_OURS) and len(member) <= len(_OURS) + _MAX_VALUE:
-            stage_id, _, quoted = member[len(_OURS) :].partition(";")
-            run_id = unquote(quoted)
-    others = others if len(others) <= _MAX_TRACESTATE else ""
-    return Remote(match[1], match[2], stage_id or None, run_id or None, others)
+    stage_id = run = None
+    others: list[str] = []
+    members = tracestate.split(",", 2 * _MAX_MEMBERS)[: 2 * _MAX_MEMBERS] if isinstance(tracestate, str) else []
+    for member in (part.strip(" \t") for part in members):
+        if ours := _OURS.fullmatch(member):
+            stage_id, run = ours[1], ours[2]
+        elif not member.startswith("evalvault=") and len(others) < _MAX_MEMBERS - 1 and _MEMBER.fullmatch(member):
+            if sum(map(len, others)) + len(others) + len(member) > _MAX_TRACESTATE:
+                break
+            others.append(member)
+    return Remote(match[1], match[2], stage_id, run, ",".join(others))
+
+
+def run_hash(run_id: str) -> str:
+    """Return what tells a run from others, and says nothing of it to those it is shown to."""
+    return hashlib.blake2b(run_id.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 def trace_headers() -> dict[str, str]:
     """
     Return `traceparent` and `tracestate` of the current stage, as headers for a service that is called from here.
 
-    There, `tracer.trace(**headers)` takes them. Empty outside of a trace, and in one whose id was given and
-    is not that of W3C Trace Context: 32 hexadecimal digits.
+    There, `tracer.trace(traceparent=..., tracestate=...)` takes them. Empty outside of a trace, and in one whose id
+    was given and is not that of W3C Trace Context: 32 hexadecimal digits.
     """
     scope = open_scope.get()
     if scope is None or scope.span_id is None or not _TRACE_ID.fullmatch(scope._trace.trace_id):
         return {}
-    trace_id = scope._trace.trace_id
-    flags = "01" if scope._recorder.draws(trace_id) else "00"
-    headers = {"traceparent": f"00-{trace_id}-{scope.span_id}-{flags}"}
-    members = [_member(scope), scope._trace.tracestate]
-    if state := ",".join(filter(None, members)):
+    trace, recorder = scope._trace, scope._recorder
+    flags = "01" if recorder.draws(trace.trace_id) else "00"
+    ours = f"evalvault={scope.stage_id};{run_hash(recorder.run_id)}" if scope.stage_id else ""
+    headers = {"traceparent": f"00-{trace.trace_id}-{scope.span_id}-{flags}"}
+    if state := ",".join(filter(None, [ours, trace.tracestate])):
         headers["tracestate"] = state
     return headers
-
-
-def _member(scope: Scope) -> str:
-    value = f"{scope.stage_id};{quote(scope._recorder.run_id, safe='')}"
-    return _OURS + value if scope.stage_id and len(value) <= _MAX_VALUE else ""
 
 
 def current_span() -> tuple[str, str] | None:

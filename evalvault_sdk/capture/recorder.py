@@ -71,6 +71,9 @@ class Recorder:
         self.enabled = enabled
         self._log = log or Rarely()
 
+    def make_ready(self) -> None:
+        """See to it that `run_id` and the rest are those that will be recorded with."""
+
     def follow(self, other: Recorder) -> None:
         """From now on record as `other` does."""
         for name in _FOLLOWED:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.call import CallCapture
-from evalvault_sdk.capture.context import Scope, leave, open_scope, place
+from evalvault_sdk.capture.context import Scope, as_id, leave, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Note, Recorder, RefusalReason
@@ -95,7 +95,7 @@ class StageContext(Scope):
         self.stage_name = stage_name
         self._parent = parent
         self.parent_stage_id = parent_stage_id
-        self._trace_id = trace_id
+        self._trace_id = trace_id if trace_id is None else as_id(trace_id)
         self.attempt = attempt
         self.attributes = {} if attributes is None else as_object(attributes).copy()
         self.metadata = {} if metadata is None else as_object(metadata).copy()
@@ -150,12 +150,13 @@ class StageContext(Scope):
             return None
 
     def __enter__(self) -> StageContext:
-        if self._open:
-            # In a recursion, or in another thread: each entry is a stage with a clock of its own.
+        outer = open_scope.get()
+        if self._open or (self.stage_id is not None and self.is_around(outer)):
+            # In a recursion, in another thread, or in what began inside: each entry is a stage with a clock of its own.
             return self._again().__enter__()
         if self.stage_id is not None:
             self._start_over()
-        self._start(open_scope.get())
+        self._start(outer)
         open_scope.set(self)
         return self
 
@@ -222,6 +223,7 @@ class StageContext(Scope):
             recorder.fault("ending a stage", fault)
         if self._opened_trace and recorder.sampling is not None:
             recorder.end_trace(self._trace)
+        self._outer = None
 
     def _came_to_grief(self, error: BaseException) -> None:
         cancelled_by = cancellation(error)
@@ -358,6 +360,27 @@ class _NoStage(StageContext):
 
 
 NO_STAGE: StageContext = _NoStage()
+
+
+class _Dormant(_NoStage):
+    """The same, but that what it decorates is measured once there is something to record with."""
+
+    __slots__ = ("_decorate",)
+
+    _decorate: StageContext
+
+    def __init__(self, stage: StageContext) -> None:
+        object.__setattr__(self, "_decorate", stage)
+        super().__init__()
+
+    def __call__(self, function: T) -> T:
+        decorate: StageContext = self._decorate
+        return decorate(function)
+
+
+def dormant(stage: StageContext) -> StageContext:
+    """Return `stage` for a recorder that is switched off for now."""
+    return _Dormant(stage)
 
 
 def current_stage() -> StageContext:

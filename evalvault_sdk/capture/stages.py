@@ -15,10 +15,11 @@ from typing import Any, TypeVar, overload
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
-from evalvault_sdk.capture.context import Scope, open_scope, place
+from evalvault_sdk.capture.context import Scope, as_id, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
+from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import NO_STAGE, StageContext, as_object, as_reference
+from evalvault_sdk.capture.stage import NO_STAGE, StageContext, as_object, as_reference, dormant
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of
@@ -31,6 +32,9 @@ _LONGEST_MS = 1e12
 
 class Stages:
     """Records stages with one recorder."""
+
+    #: Whether what is decorated while nothing is recorded may have to be recorded later.
+    _may_be_enabled_later = False
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -90,7 +94,7 @@ class Stages:
         result, as `result` (of a stream its items, texts joined); `attributes` may be a function of a `Call`, and
         `on_result` one of the result, that return attributes. Arguments are looked at before the call.
         """
-        if not self._recorder.enabled:
+        if not self._recorder.enabled and not self._may_be_enabled_later:
             return stage_type if callable(stage_type) else NO_STAGE
         call = None
         if capture_args or capture_result or on_result is not None or callable(attributes):
@@ -114,7 +118,9 @@ class Stages:
             output_ref=output_ref,
             call=call,
         )
-        return stage(stage_type) if callable(stage_type) else stage
+        if callable(stage_type):
+            return stage(stage_type)
+        return stage if self._recorder.enabled else dormant(stage)
 
     def trace(
         self,
@@ -135,6 +141,7 @@ class Stages:
         the trace is then the caller's. Without them it has `trace_id`, or the id of OpenTelemetry's current trace
         if there is one, or a new one.
         """
+        self._recorder.make_ready()  # who called us is told apart by the run
         known = {"session_id": session_id, "user_id": user_id, "test_case_id": test_case_id}
         known = {name: value for name, value in known.items() if value is not None}
         return TraceContext(
@@ -188,7 +195,12 @@ class Stages:
             return stage_id
         try:
             around = parent if hasattr(parent, "_trace") else open_scope.get()
+            if trace_id is not None:
+                trace_id = as_id(trace_id)
             parent_id, trace, is_root = place(around, recorder.run_id, made_id, parent_stage_id, trace_id)
+            span = current_span()
+            if span is not None and is_root and trace_id is None and parent_id is None:
+                trace.trace_id = span[0]
             if started_at is None and finished_at is None:
                 finished_at = iso_time(now_ns)
                 if isinstance(duration_ms, (int, float)) and 0 <= duration_ms < _LONGEST_MS:
@@ -209,7 +221,7 @@ class Stages:
                 "attributes": as_object(attributes),
                 "metadata": {**trace.metadata, **as_object(metadata)} if trace.metadata else as_object(metadata),
                 "trace_id": trace.trace_id,
-                "span_id": span_id or span_id_of(made_id),
+                "span_id": span_id or (span[1] if span and span[0] == trace.trace_id else span_id_of(made_id)),
             }
             trace.ended = trace.ended or is_root  # nobody will: what it decides, this event decides alone
             recorder.record({name: value for name, value in fields.items() if value is not None}, trace)

@@ -13,16 +13,20 @@ from types import TracebackType
 from typing import Any
 
 from evalvault_sdk.capture import clock
-from evalvault_sdk.capture.context import Scope, Trace, leave, open_scope
-from evalvault_sdk.capture.propagate import Remote, current_span, read_headers
+from evalvault_sdk.capture.context import Scope, Trace, as_id, leave, open_scope
+from evalvault_sdk.capture.propagate import Remote, current_span, read_headers, run_hash
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.ids import new_stage_id, trace_id_of
+from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
 
 
 class TraceContext(Scope):
-    """One request: what `StageTracer.trace()` gives. Entered once."""
+    """
+    One request: what `StageTracer.trace()` gives.
 
-    __slots__ = ("_started_perf_ns",)
+    It may be entered again, in other threads and tasks too: what is recorded there belongs to it as well.
+    """
+
+    __slots__ = ("_entries", "_started_perf_ns")
 
     def __init__(
         self,
@@ -36,14 +40,21 @@ class TraceContext(Scope):
         self._recorder = recorder
         self._open = False
         self._outer = None
+        self._entries: set[_Entry] = set()
         remote = read_headers(traceparent, tracestate) if traceparent is not None else None
-        if trace_id is None:
-            trace_id = remote.trace_id if remote else _new_trace_id()
-        self._trace = Trace(trace_id, _with_parent_span(metadata, remote, recorder.run_id))
+        span = current_span() if trace_id is None and remote is None else None
+        if trace_id is not None:
+            trace_id = as_id(trace_id)
+        elif remote is not None:
+            trace_id = remote.trace_id
+        else:
+            trace_id = span[0] if span else trace_id_of(new_stage_id())
+        is_ours = remote is not None and remote.run == run_hash(recorder.run_id)
+        self._trace = Trace(trace_id, _with_parent_span(metadata, None if is_ours else remote))
         self._trace.tracestate = remote.tracestate if remote else ""
-        self.stage_id = remote.stage_id if remote and remote.run_id == recorder.run_id else None
+        self.stage_id = remote.stage_id if remote and is_ours else None
         # Outside of a stage there is no span; what is called from here still has to name one.
-        self.span_id = remote.span_id if remote else trace_id[-16:]
+        self.span_id = remote.span_id if remote else span[1] if span else span_id_of(new_stage_id())
 
     @property
     def trace_id(self) -> str:
@@ -58,20 +69,29 @@ class TraceContext(Scope):
         return self._trace.metadata
 
     def __enter__(self) -> TraceContext:
-        self._outer = open_scope.get()
-        self._open = True
-        open_scope.set(self)
-        self._started_perf_ns = clock.perf_counter_ns()
+        entry = _Entry(self, open_scope.get())
+        if not self._entries:
+            self._started_perf_ns = clock.perf_counter_ns()
+        self._entries.add(entry)
+        open_scope.set(entry)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._open:
+        scope = open_scope.get()
+        while scope is not None and not (isinstance(scope, _Entry) and scope in self._entries):
+            scope = scope._outer
+        if scope is None:  # left in another context than entered
+            scope = next(iter(self._entries), None)
+        if not isinstance(scope, _Entry):
             return
-        self._open = False
-        leave(self)
-        self._recorder.end_trace(self._trace, (clock.perf_counter_ns() - self._started_perf_ns) / 1_000_000)
+        leave(scope)
+        scope._open = False
+        scope._outer = None
+        self._entries.discard(scope)
+        if not self._entries:
+            self._recorder.end_trace(self._trace, (clock.perf_counter_ns() - self._started_perf_ns) / 1_000_000)
 
     async def __aenter__(self) -> TraceContext:
         return self.__enter__()
@@ -82,17 +102,22 @@ class TraceContext(Scope):
         self.__exit__(kind, error, traceback)
 
 
-def _new_trace_id() -> str:
-    span = current_span()
-    return span[0] if span else trace_id_of(new_stage_id())
+class _Entry(Scope):
+    """One entering of a trace."""
+
+    __slots__ = ()
+
+    def __init__(self, trace: TraceContext, outer: Scope | None) -> None:
+        self._recorder, self._trace = trace._recorder, trace._trace
+        self.stage_id, self.span_id = trace.stage_id, trace.span_id
+        self._outer = outer
+        self._open = True
 
 
-def _with_parent_span(metadata: Mapping[str, Any] | None, remote: Remote | None, run_id: str) -> dict[str, Any] | None:
+def _with_parent_span(metadata: Mapping[str, Any] | None, remote: Remote | None) -> dict[str, Any] | None:
     """Return the metadata, and the span that called us where it is no stage of this run: else nothing would tell."""
     try:
         own = dict(metadata) if metadata else None
     except Exception:  # noqa: BLE001 - what a user gave
         own = {"value": metadata}
-    if remote is None or remote.run_id == run_id:
-        return own
-    return {**(own or {}), "parent_span_id": remote.span_id}
+    return own if remote is None else {**(own or {}), "parent_span_id": remote.span_id}
