@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any, get_args
 import attrs
 import pytest
 
-from evalvault_sdk import Settings
+from evalvault_sdk import FolderPayloadStore, Settings
 from evalvault_sdk.delivery.account import DropReason
 from tests.support import ROOT, LiveServer, clean_environment
 
@@ -54,24 +55,50 @@ def test_the_table_of_settings_is_that_of_the_class() -> None:
     assert rows == [settings_row(field) for field in attrs.fields(Settings)]
 
 
-@pytest.mark.parametrize("number", range(3))
+BLOCKS = code_blocks("python")
+
+
+@pytest.mark.parametrize("number", range(7))
 def test_every_block_of_code_runs(server: LiveServer, tmp_path: Path, number: int) -> None:
-    blocks = code_blocks("python")
-    assert len(blocks) == 3
-    script = blocks[number].replace("http://localhost:8000", server.url)
+    assert len(BLOCKS) == 7
+    script = tmp_path / "test_block.py"
+    script.write_text(BLOCKS[number].replace("http://localhost:8000", server.url), encoding="utf-8")
+    runner = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if "evalvault_stages" in BLOCKS[number] else []
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
+        [sys.executable, "-W", "error", *runner, script],
         env={**clean_environment(), "EVALVAULT_API_URL": server.url},
         capture_output=True,
         text=True,
         cwd=tmp_path,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+    if runner:
+        assert "1 passed" in done.stdout
     if number == 0:
         assert done.stdout == "recorded 3 = delivered 3\n"
         assert server.get("summary/rag-001")["stage_type_counts"]["request"] >= 1
+
+
+def test_what_the_readme_says_of_its_examples_is_so(tmp_path: Path) -> None:
+    for number in (2, 4):
+        script = tmp_path / f"block_{number}.py"
+        script.write_text(BLOCKS[number], encoding="utf-8")
+        subprocess.run([sys.executable, script], env=clean_environment(), cwd=tmp_path, check=True, timeout=60)
+    lines = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    retrieval, output, _, prompt = [json.loads(line) for line in lines]
+    assert retrieval["attributes"] == {
+        "query": "보험 보장금액은?",
+        "top_k": 2,
+        "doc_ids": ["doc-1", "doc-7"],
+        "scores": [0.91, 0.72],
+    }
+    assert output["attributes"]["model"] == "gpt-4"
+    assert output["attributes"]["item_count"] == 3
+    assert prompt["attributes"] == {"prompt": "Write to [email]", "api_key": "[secret]"}
+    stored = FolderPayloadStore(tmp_path / "payloads").get(prompt["output_ref"])
+    assert len(json.loads(stored)) == 1000
 
 
 def test_every_command_is_one() -> None:

@@ -9,8 +9,9 @@ Out:  a collector for a registry of `prometheus_client`, which asks `stats()` wh
     REGISTRY.register(StatsCollector(tracer))
 
 Counters `evalvault_sdk_events_..._total`: `recorded`, `delivered`, `rejected`, `dropped` (by `reason`; each is there
-from the start, so that an alert can wait for its first increase), and of ended processes' events `recovered` and
-`recovered_lost`. Gauges `evalvault_sdk_events_...`: `queued`, `in_flight`, `spooled`. They balance as `Stats` does.
+from the start, so that an alert can wait for its first increase), `sampled_out`, and of ended processes' events
+`recovered` and `recovered_lost`; beside them `evalvault_sdk_fields_truncated_total` and
+`evalvault_sdk_hook_errors_total`. Gauges `evalvault_sdk_events_...`: `queued`, `in_flight`, `spooled`. They balance as `Stats` does.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ _COUNTERS = {
     "recorded": "Events handed to the SDK.",
     "delivered": "Events that the server has stored.",
     "rejected": "Events that the server refused for what they are.",
+}
+#: What is counted besides the account, with the names that these have here.
+_NOTES = {
+    "sampled_out": (_PREFIX + "sampled_out", "Stages of traces that were not drawn, and so not recorded."),
+    "truncated": ("evalvault_sdk_fields_truncated", "Fields of events that were cut to the limits."),
+    "hook_errors": ("evalvault_sdk_hook_errors", "Functions of the program, or payload stores, that raised."),
 }
 _GAUGES = {
     "queued": "Events in memory that wait to be sent.",
@@ -76,6 +83,11 @@ class StatsCollector(Collector):
                 for reason in get_args(DropReason)
             ),
         )
+        for note, (name, text) in _NOTES.items():
+            yield _filled(
+                CounterMetricFamily(name, text, labels=self._labels),
+                ((values, getattr(stats, note)) for values, stats in mine),
+            )
         for name, text in _GAUGES.items():
             yield _filled(
                 GaugeMetricFamily(_PREFIX + name, text, labels=self._labels),

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from evalvault_sdk import StageTracer
 from evalvault_sdk.delivery.account import DropReason
 from evalvault_sdk.integrations.prometheus import StatsCollector
+from evalvault_sdk.testing import CapturingTransport
 from tests.support import LiveServer, clean_environment, free_port
 
 PREFIX = "evalvault_sdk_events_"
@@ -104,6 +105,17 @@ def test_tracers_of_one_destination_are_added_up(server: LiveServer) -> None:
         assert value("recorded_total", destination=one.destination) == 2
 
 
+def test_what_is_no_loss_of_an_event_is_counted_too() -> None:
+    registry = CollectorRegistry()
+    with StageTracer("r", transport=CapturingTransport(), sample_rate=0.0, mask=lambda _: {}) as tracer:
+        registry.register(StatsCollector(tracer))
+        tracer.record_stage("not drawn")
+        tracer.record_stage("kept", status="error", attributes={"text": "a" * 10**6})
+        labels = {"destination": tracer.destination}
+        for name in ("events_sampled_out", "fields_truncated", "hook_errors"):
+            assert registry.get_sample_value(f"evalvault_sdk_{name}_total", labels) == 1
+
+
 def test_a_scrape_over_http_is_what_prometheus_reads(server: LiveServer) -> None:
     registry = CollectorRegistry(auto_describe=True)
     with StageTracer("r", server.url) as tracer:
@@ -123,9 +135,9 @@ def test_a_scrape_over_http_is_what_prometheus_reads(server: LiveServer) -> None
         PREFIX + name
         for name in (
             *("recorded", "delivered", "rejected", "dropped", "recovered", "recovered_lost"),
-            *("queued", "in_flight", "spooled"),
+            *("queued", "in_flight", "spooled", "sampled_out"),
         )
-    }
+    } | {"evalvault_sdk_fields_truncated", "evalvault_sdk_hook_errors"}
     (sample,) = families[PREFIX + "delivered"].samples
     assert (sample.labels, sample.value) == ({"destination": tracer.destination}, 1.0)
     assert "run_id" not in text
