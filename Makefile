@@ -45,6 +45,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.recording
+	$(BIN)/python -m benchmarks.options
 	$(BIN)/python -m benchmarks.trouble
 
 dist: $(VENV)/.dev

@@ -92,25 +92,37 @@ class StageBody(Body):
 
     def resume(self) -> Scope | None:
         """Enter the context of the body; return that of the consumer."""
-        if self._account is None:
-            if not self._stage._open:
-                self._stage._start(self._inside or open_scope.get())
-                self._inside = self._stage
-            self._account = _Account(self._stage, is_stream=type(self.unfinished) is not CoroutineType)
-        outside = super().resume()
-        self._account.running_for = (outside,)
+        account = self._account or self._begin()
+        outside = open_scope.get()
+        open_scope.set(self._inside)
+        account.running, account.outside = True, outside
         return outside
+
+    def _begin(self) -> _Account:
+        if not self._stage._open:
+            self._stage._start(self._inside or open_scope.get())
+            self._inside = self._stage
+        self._account = _Account(self._stage, is_stream=type(self.unfinished) is not CoroutineType)
+        return self._account
 
     def pause(self, outside: Scope | None) -> None:
         """Leave the context of the body."""
-        super().pause(outside)
-        if self._account is not None:
-            self._account.running_for = None
+        self._inside = open_scope.get()
+        open_scope.set(outside)
+        account = self._account
+        if account is not None:
+            account.running, account.outside = False, None
 
     def made(self, item: Any) -> None:
         """See an item on its way to the consumer."""
-        if self._account is not None:
-            self._account.made(item)
+        account = self._account
+        if account is None:
+            return
+        account.count += 1
+        if account.count == 1:
+            account.first_item_ns = clock.perf_counter_ns()
+        if account.items is not None:
+            account.items.add(item)
 
     def thrown(self, error: BaseException) -> None:
         """See an exception on its way to the body."""
@@ -139,22 +151,16 @@ class _Account:
     def __init__(self, stage: StageContext, *, is_stream: bool) -> None:
         self._stage = stage
         self._is_stream = is_stream
-        self._count = 0
-        self._first_item_ns: int | None = None
         self._capture = stage._template._call
-        self._items = KeptItems() if self._capture is not None and self._capture.wants_result else None
+        #: Items that went to the consumer, when the first one did, and those that are wanted.
+        self.count = 0
+        self.first_item_ns = 0
+        self.items = KeptItems() if self._capture is not None and self._capture.wants_result else None
         #: Whether the last thing that the body saw was that it is closed.
         self.closing = False
-        #: In the middle of a step, the scope of the consumer.
-        self.running_for: tuple[Scope | None] | None = None
-
-    def made(self, item: Any) -> None:
-        """Count an item."""
-        self._count += 1
-        if self._first_item_ns is None:
-            self._first_item_ns = clock.perf_counter_ns()
-        if self._items is not None:
-            self._items.add(item)
+        #: Whether it is in the middle of a step, and then the scope of the consumer.
+        self.running = False
+        self.outside: Scope | None = None
 
     def settle(self, error: BaseException | None, result: Any = None) -> None:
         """Record the stage, if it is not recorded yet."""
@@ -174,17 +180,17 @@ class _Account:
         stage._end(error, ended_ns)
 
     def _tell_of_the_stream(self, stage: StageContext) -> None:
-        stage.set(**{"item_count": self._count, **stage.attributes})
-        if self._first_item_ns is not None:
-            waited_ms = (self._first_item_ns - stage._started_perf_ns) / 1_000_000
+        stage.set(**{"item_count": self.count, **stage.attributes})
+        if self.count:
+            waited_ms = (self.first_item_ns - stage._started_perf_ns) / 1_000_000
             stage.attributes.setdefault("time_to_first_item_ms", waited_ms)
-        if self._capture is not None and self._items is not None:
-            self._capture.after_stream(stage, self._items)
+        if self._capture is not None and self.items is not None:
+            self._capture.after_stream(stage, self.items)
 
     def __del__(self) -> None:
         # Its body went without an end: it outlived its event loop, or did not let itself be closed.
-        if self.running_for is not None and self._stage.is_around(open_scope.get()):
-            open_scope.set(self.running_for[0])
+        if self.running and self._stage.is_around(open_scope.get()):
+            open_scope.set(self.outside)
         self.settle(GeneratorExit())
 
 

@@ -11,7 +11,8 @@ Out:  a collector for a registry of `prometheus_client`, which asks `stats()` wh
 Counters `evalvault_sdk_events_..._total`: `recorded`, `delivered`, `rejected`, `dropped` (by `reason`; each is there
 from the start, so that an alert can wait for its first increase), `sampled_out`, and of ended processes' events
 `recovered` and `recovered_lost`; beside them `evalvault_sdk_fields_truncated_total` and
-`evalvault_sdk_hook_errors_total`. Gauges `evalvault_sdk_events_...`: `queued`, `in_flight`, `spooled`. They balance as `Stats` does.
+`evalvault_sdk_hook_errors_total`. Gauges `evalvault_sdk_events_...`: `queued`, `in_flight`, `spooled`. They balance
+as `Stats` does.
 """
 
 from __future__ import annotations
