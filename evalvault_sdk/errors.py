@@ -90,12 +90,12 @@ def describe_error(error: BaseException, frames: int = 0) -> dict[str, Any]:
     """
     Return `{"type", "message"}` of an exception, as a failed stage has it in `attributes.error`.
 
-    With `frames`, also the innermost frames of its `traceback`, as "file:line in function": no values, no text.
+    With `frames`, also the innermost frames of its `traceback`, as "file:line:function": no values, no text.
     """
     kind = type(error)
     plain = kind.__module__ in ("builtins", "__main__")
     try:
-        message = str(error)
+        message = str(error) if _is_short(error) else f"<{kind.__qualname__} with large arguments>"
     except Exception:  # noqa: BLE001 - a user's __str__
         message = f"<{kind.__qualname__} whose message cannot be shown>"
     described: dict[str, Any] = {
@@ -108,7 +108,14 @@ def describe_error(error: BaseException, frames: int = 0) -> dict[str, Any]:
         step = error.__traceback__
         while step is not None:
             code = step.tb_frame.f_code
-            summary.append(f"{code.co_filename}:{step.tb_lineno} in {code.co_name}")
+            summary.append(f"{code.co_filename}:{step.tb_lineno}:{code.co_name}")
             step = step.tb_next
         described["traceback"] = list(summary)
     return described
+
+
+def _is_short(error: BaseException) -> bool:
+    """Whether the text of an exception is soon made: by default it shows its arguments, whatever they are."""
+    return type(error).__str__ is not BaseException.__str__ or all(
+        isinstance(argument, str) or not hasattr(argument, "__len__") or len(argument) < 1000 for argument in error.args
+    )

@@ -15,6 +15,8 @@ import orjson
 
 _PARTS = ("attributes", "metadata")
 _MARKER = "... (truncated: it was %d bytes)"
+#: What it takes at most to list the places: `,"metadata":{"truncated":[]}`.
+_LIST_BYTES = 32
 
 
 def shrink(event: bytes, max_bytes: int) -> bytes | None:
@@ -23,23 +25,24 @@ def shrink(event: bytes, max_bytes: int) -> bytes | None:
     parts = {name: dict(fields[name]) for name in _PARTS if isinstance(fields.get(name), dict)}
     sizes = {(part, key): len(orjson.dumps(value)) for part, values in parts.items() for key, value in values.items()}
     whole: dict[tuple[str, str], Any] = {}
-    for part, key in sorted(sizes, key=lambda place: sizes[place], reverse=True):
-        whole[part, key] = parts[part][key]
-        parts[part][key] = _MARKER % sizes[part, key]
-        if max_bytes >= len(_shrunk(fields, parts, whole)):
+    left = len(event) + _LIST_BYTES
+    for place in sorted(sizes, key=lambda place: sizes[place], reverse=True):
+        if left <= max_bytes:
             break
+        part, key = place
+        marker = _MARKER % sizes[place]
+        left += len(marker) + 2 - sizes[place] + len(orjson.dumps(f"{part}.{key}")) + 1
+        whole[place] = parts[part][key]
+        parts[part][key] = marker
     texts = [place for place, value in whole.items() if isinstance(value, str)]
     for number, (part, key) in enumerate(texts):
         # What room is left goes to the beginnings of the texts.
-        room = (max_bytes - len(_shrunk(fields, parts, whole))) // (len(texts) - number)
-        parts[part][key] = beginning(whole[part, key], room) + parts[part][key]
-    smaller = _shrunk(fields, parts, whole)
+        kept = beginning(whole[part, key], (max_bytes - left) // (len(texts) - number))
+        left += len(orjson.dumps(kept)) - 2
+        parts[part][key] = kept + parts[part][key]
+    metadata = {**parts.get("metadata", {}), "truncated": [f"{part}.{key}" for part, key in whole]}
+    smaller = orjson.dumps({**fields, **parts, "metadata": metadata})
     return smaller if len(smaller) <= max_bytes else None
-
-
-def _shrunk(fields: dict[str, Any], parts: dict[str, dict[str, Any]], cut: dict[tuple[str, str], Any]) -> bytes:
-    metadata = {**parts.get("metadata", {}), "truncated": [f"{part}.{key}" for part, key in cut]}
-    return orjson.dumps({**fields, **parts, "metadata": metadata})
 
 
 def beginning(text: str, max_bytes: int) -> str:

@@ -9,21 +9,36 @@ A contextvar, so that nested calls, asyncio tasks and `contextvars.copy_context(
 
 from __future__ import annotations
 
-from collections import deque
+import os
+import threading
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import UUID
 
+from evalvault_sdk.capture.sample import Held
 from evalvault_sdk.ids import trace_id_of
 
 if TYPE_CHECKING:
     from evalvault_sdk.capture.recorder import Recorder
 
 
+# Reentrant: a finalizer may record while its thread makes such a place.
+_holding = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _holding
+    _holding = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class Trace:
     """What the stages of one request have in common. Made by the scope that opens it, and ended with that."""
 
-    __slots__ = ("ended", "held", "held_bytes", "kept", "metadata", "trace_id", "tracestate")
+    __slots__ = ("ended", "failed", "held", "longest_ms", "metadata", "trace_id", "tracestate")
 
     def __init__(self, trace_id: str, metadata: dict[str, Any] | None = None) -> None:
         self.trace_id = trace_id
@@ -33,10 +48,18 @@ class Trace:
         self.tracestate = ""
         #: Whether the scope that opened it was left; stages may come later still.
         self.ended = False
-        #: Of a trace that was not drawn (`capture.sample`): its events so far, their bytes, and why it is kept yet.
-        self.held: deque[tuple[Recorder, bytes]] | None = None
-        self.held_bytes = 0
-        self.kept: str | None = None
+        #: Whether a stage of it failed, and how long the longest took so far, as far as tracers that sample have seen.
+        self.failed = False
+        self.longest_ms = 0.0
+        #: The events of a trace that was not drawn.
+        self.held: Held | None = None
+
+    def hold(self) -> Held:
+        """Return a place for such events."""
+        with _holding:
+            if self.held is None or self.held.pid != os.getpid():
+                self.held = Held()
+            return self.held
 
 
 class Scope:

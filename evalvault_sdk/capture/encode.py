@@ -28,6 +28,7 @@ Mask = Callable[[dict[str, Any]], dict[str, Any]]
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 _SCALARS = frozenset((int, float, bool, type(None)))
+_CONTAINERS = frozenset((list, tuple, dict))
 #: Bytes of JSON that a character, and a number, take at most.
 _CHARACTER_BYTES = 6
 _NUMBER_BYTES = 26
@@ -80,9 +81,10 @@ class Encoder:
         self._content = content
         self._mask = mask
         self._look_at_all = content != "all" or mask is not None or self._redactor.personal
-        self._max_attribute = self._limits.max_attribute_bytes
         self._max_event = self._limits.max_event_bytes
-        self._max_text = self._max_attribute // _CHARACTER_BYTES
+        self._max_text = self._limits.max_attribute_bytes // _CHARACTER_BYTES - 1
+        # A value counts for so many bytes that no more than `max_items` of them fit into the bytes of an attribute.
+        self._value_bytes = max(_NUMBER_BYTES, self._limits.max_attribute_bytes // self._limits.max_items + 1)
 
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
@@ -91,7 +93,7 @@ class Encoder:
                 if self._is_small(fields):
                     event = orjson.dumps(fields, option=_OPTIONS)
                     if len(event) <= self._max_event:
-                        content_at = event.find(b'"attributes":')
+                        content_at = event.find(b'"stage_type":')  # what comes before are ids and times
                         if not self._redactor.may_hold_secret(event, content_at):
                             return event
             except Exception:  # noqa: BLE001,S110 - something that orjson alone has no form for
@@ -129,6 +131,9 @@ class Encoder:
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
         verdicts, max_text = self._redactor.verdicts, self._max_text
+        max_depth, max_bytes = self._limits.max_depth, self._limits.max_attribute_bytes
+        if len(values) > self._limits.max_items:
+            return False
         for key, value in values.items():
             if verdicts.get(key, True) and self._redactor.is_secret(key):
                 return False
@@ -136,36 +141,43 @@ class Encoder:
             if kind is str:
                 if len(value) > max_text:
                     return False
-            elif kind not in _SCALARS and self._size(value, kind, self._limits.max_depth) > self._max_attribute:
+            elif kind not in _SCALARS and self._size(value, kind, max_depth, max_bytes) > max_bytes:
                 return False
         return True
 
-    def _size(self, value: Any, kind: type, depth: int) -> int:
-        """Return the bytes of JSON that `value` takes at most, or more than any limit if orjson should not see it."""
+    def _size(self, value: Any, kind: type, depth: int, room: int) -> int:
+        """Return the bytes of JSON that `value` takes at most, or more than `room` if orjson should not see it."""
         if kind is str:
-            return len(value) * _CHARACTER_BYTES + 3
+            return len(value) * _CHARACTER_BYTES + self._value_bytes
         if kind in _SCALARS:
-            return _NUMBER_BYTES
-        if depth <= 0 or kind not in (list, tuple, dict) or len(value) > self._limits.max_items:
+            return self._value_bytes
+        count = len(value) if kind in _CONTAINERS else _NOT_PLAIN
+        size = (count + 1) * self._value_bytes
+        if depth <= 0 or size > room:
             return _NOT_PLAIN
-        size = 4
         if kind is not dict:
-            if not value:
+            # The lists of RAG are mostly ids or scores: a few steps in C.
+            if count and type(value[0]) is str:
+                try:
+                    size += sum(map(len, value)) * _CHARACTER_BYTES
+                    if size <= room and "".join(value) is not None:  # all of them are texts
+                        return size
+                except TypeError:
+                    pass
+                return _NOT_PLAIN
+            if set(map(type, value)) <= _SCALARS:
                 return size
-            try:  # the lists of RAG are mostly ids or scores: one step in C
-                if type(value[0]) is str:
-                    return len("".join(value)) * _CHARACTER_BYTES + 3 * len(value) + size
-                sum(value)
-                return len(value) * _NUMBER_BYTES + size
-            except TypeError:
-                pass
             for item in value:
-                size += self._size(item, type(item), depth - 1)
+                size += self._size(item, type(item), depth - 1, room - size)
+                if size > room:
+                    break
             return size
         for key, item in value.items():
             if type(key) is not str or (self._redactor.verdicts.get(key, True) and self._redactor.is_secret(key)):
                 return _NOT_PLAIN
-            size += len(key) * _CHARACTER_BYTES + 4 + self._size(item, type(item), depth - 1)
+            size += len(key) * _CHARACTER_BYTES + self._size(item, type(item), depth - 1, room - size)
+            if size > room:
+                break
         return size
 
     # -- the thorough way ---------------------------------------------------------------------------
@@ -175,9 +187,12 @@ class Encoder:
 
     def _thorough(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         content, cuts = self._content_of(fields, self._limits, notes)
-        plain = {name: _field(value) for name, value in fields.items() if name not in content}
+        plain = {name: self._field(name, value) for name, value in fields.items() if name not in content}
         plain.update(content)
-        event: bytes | None = orjson.dumps(plain)
+        try:
+            event: bytes | None = orjson.dumps(plain)
+        except Exception:  # noqa: BLE001 - what nobody has thought of must not cost the event its ids
+            event = orjson.dumps({**plain, "attributes": {"content": "that cannot be shown"}, "metadata": {}})
         if event is not None and len(event) > self._max_event:
             event = shrink(event, self._max_event)
             cuts += 1
@@ -202,22 +217,32 @@ class Encoder:
         self, mask: Mask, content: dict[str, Any], fields: dict[str, Any], limits: Limits, notes: Notes
     ) -> dict[str, Any]:
         """Return what the user's function makes of the content. If it fails, nothing of the content is sent."""
+        named = {"stage_name": self._field("stage_name", fields["stage_name"])} if fields.get("stage_name") else {}
+        sampled = {name: value for name, value in content.get("metadata", {}).items() if name.startswith("sample_")}
+        masked: dict[str, Any]
         try:
-            about: dict[str, Any] = {name: fields.get(name) for name in ("stage_type", "stage_name", "status")}
-            masked = mask({"metadata": {}, **content, **about})
-            return {name: self._walk(limits).fields(masked[name]) for name in content}
+            about = {name: fields.get(name) for name in ("stage_type", "status")}
+            result = mask({"metadata": {}, "stage_name": None, **content, **named, **about})
+            masked = {name: self._walk(limits).fields(result[name]) for name in content}
+            if named:
+                masked["stage_name"] = self._field("stage_name", result.get("stage_name", named["stage_name"]))
         except Exception as error:  # noqa: BLE001 - a function of the user's
             notes.hook_failed("mask", error)
-            kept = content.get("metadata", {}).get("sample_rate")
-            return {"attributes": dict(_MASKED), "metadata": {} if kept is None else {"sample_rate": kept}}
+            masked = {"attributes": dict(_MASKED), "metadata": {}, **dict.fromkeys(named)}
+        if sampled:  # without it nobody could tell how many traces this one stands for
+            masked["metadata"] = {**masked.get("metadata", {}), **sampled}
+        return masked
+
+    def _field(self, name: str, value: Any) -> Any:
+        """Return a field that is no attribute: a name, an id, a time, a reference."""
+        if isinstance(value, str) and len(value) > _MAX_FIELD:
+            value = value[:_MAX_FIELD]
+        # Ids and times are what they are: changed, they would lead nowhere.
+        redactor = self._redactor if name in _NAMES else _NOTHING
+        return Walk(_FIELD_LIMITS, redactor).plain(value)
 
 
-def _field(value: Any) -> Any:
-    """Return a field that is no content."""
-    if isinstance(value, str) and len(value) > _MAX_FIELD:
-        value = value[:_MAX_FIELD]
-    return Walk(_FIELD_LIMITS, _NOTHING).plain(value)
-
-
+#: Fields of an event that a program may put content into, besides attributes and metadata.
+_NAMES = frozenset(("stage_type", "stage_name", "status", "input_ref", "output_ref"))
 _FIELD_LIMITS = Limits(max_attribute_bytes=16 << 10, max_items=100, max_depth=8)
 _NOTHING = Redactor(secrets=False)

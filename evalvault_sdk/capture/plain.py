@@ -10,6 +10,8 @@ consumes an iterator. Looks at no more than the limits allow, however large the 
 
 from __future__ import annotations
 
+import argparse
+import array
 import collections
 import dataclasses
 import datetime as dt
@@ -18,14 +20,15 @@ import enum
 import itertools
 import math
 import pathlib
-import re
+import types
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, Literal
 
 import attrs
 import orjson
 
+from evalvault_sdk.capture import textless
 from evalvault_sdk.capture.redact import SECRET, Redactor
 from evalvault_sdk.errors import describe_error
 from evalvault_sdk.oversize import beginning
@@ -37,18 +40,20 @@ Content = Literal["all", "none"]
 _MAX_REPR = 1_000
 _MAX_KEY = 256
 #: Bytes of a limit that are kept for saying what was cut.
-_MARKERS = 512
+_MARKER_BYTES = 96
 #: So much more of a text that is cut is looked through for secrets: half a secret would not be recognised.
-_OVERLAP = 4_096
-#: Rows of a table, and elements of a large array, that are kept.
+_OVERLAP = 16_384
+#: Rows and columns of a table, and elements of a large array, that are kept.
 _HEAD = 10
+_COLUMNS = 50
+#: Integers beyond 64 bits are kept as text, up to so many bits.
+_MAX_BITS = 1024
 
-#: Keys whose texts are names of things in the program, not what its users said.
-_NAMES = re.compile(
-    "ids?|citations|model|provider|language|label|predicted_label|finish_reason|type|status|kind|cancelled_by|sample_kept"
+#: What is a list for JSON.
+_LISTS = (
+    *(list, tuple, set, frozenset, collections.deque, array.array, collections.UserList),
+    *(KeysView, ValuesView, ItemsView),
 )
-_IDS = re.compile(r".*_ids?", re.DOTALL)
-_ONE_WORD = re.compile(r"\S{1,128}")
 
 
 @attrs.frozen(kw_only=True)
@@ -71,22 +76,33 @@ class Walk:
     def __init__(self, limits: Limits, redactor: Redactor, content: Content = "all") -> None:
         self._limits = limits
         self._redactor = redactor
-        self._textless = content == "none"
+        self._content = content
         self._values_left = limits.max_items
-        self._bytes_left = max(limits.max_attribute_bytes - _MARKERS, limits.max_attribute_bytes // 2)
-        self._open: set[int] = set()  # containers we are inside of: meeting one again is a cycle
+        self._bytes_left = min(limits.max_attribute_bytes, limits.max_event_bytes) - 3 * _MARKER_BYTES
+        self._open: set[int] = set()  # objects we are inside of: meeting one again is a cycle
         #: How often something was cut.
         self.cuts = 0
 
     def fields(self, values: Mapping[Any, Any]) -> dict[str, Any]:
         """Return attributes or metadata, each field with limits of its own: one cannot cost the others theirs."""
         plain: dict[str, Any] = {}
+        # What is much too large altogether is made smaller later, the largest first; but not looked at without end.
+        limits = self._limits
+        room = 32 * min(limits.max_attribute_bytes, limits.max_event_bytes) + 4 * limits.max_event_bytes
         items = _first(values.items(), self._limits.max_items)
+        taken = 0
         for key, value in items:
-            walk = Walk(self._limits, self._redactor, "none" if self._textless else "all")
+            if room <= 0:
+                break
+            walk = Walk(limits, self._redactor, self._content)
+            whole = walk._bytes_left
             walk._put(plain, key, value, 0)
-            self.cuts += walk.cuts
-        self._say_what_is_left_out(plain, len(values) - len(items))
+            if walk.cuts:
+                self.cuts += walk.cuts
+                _keep_within(plain, limits.max_attribute_bytes)
+            room -= whole - walk._bytes_left
+            taken += 1
+        self._say_what_is_left_out(plain, len(values) - taken)
         return plain
 
     def plain(self, value: Any, depth: int = 0, key: str = "") -> Any:
@@ -101,104 +117,146 @@ class Walk:
         if isinstance(value, enum.Enum):
             value = value.value
         if value is None or value is True or value is False:
+            self._bytes_left -= 6
             return value
         if isinstance(value, str):
-            return self._text(value, key)
+            return self._text(value, key, self._bytes_left)
         if isinstance(value, int):
-            return self._number(_integer(value), key)
+            return self._number(int.__add__(value, 0))  # of a subclass, with methods of its own, the number it is
         if isinstance(value, float):
-            return self._number(float(value) if math.isfinite(value) else None, key)
+            number = float.__add__(value, 0.0)
+            return self._number(number if math.isfinite(number) else None)
         if depth >= self._limits.max_depth:
-            self.cuts += 1
+            self._cut()
             return f"<{type(value).__qualname__}: nested too deeply>"
-        if isinstance(value, (dict, list, tuple, set, frozenset, collections.deque)):
+        if id(value) in self._open:
+            self._bytes_left -= _MARKER_BYTES
+            return f"<{type(value).__qualname__}: contains itself>"
+        self._open.add(id(value))
+        try:
+            self._bytes_left -= 3
             return self._container(value, depth, key)
-        return self.plain(self._plainer(value), depth + 1, key)
+        finally:
+            self._open.discard(id(value))
+
+    def _cut(self) -> None:
+        self.cuts += 1
+        self._bytes_left -= _MARKER_BYTES
 
     # -- single values ------------------------------------------------------------------------------
 
-    def _text(self, value: str, key: str) -> str:
-        room = max(self._bytes_left, 0)
-        length = len(value)
-        text = _utf8(value[: room + _OVERLAP])
+    def _text(self, value: str, key: str, room: int) -> Any:
+        length = str.__len__(value)
+        room = max(room, 0)
+        whole = text = _utf8(str.__getitem__(value, slice(room + _OVERLAP)))
         if self._redactor.active:
             text = self._redactor.text(text)
-        if length > room + _OVERLAP or len(encoded := orjson.dumps(text)) > room + 2:
+        if self._content == "none":
+            kept = textless.text_or_left(text, key)
+            self._bytes_left -= len(kept) + 3 if isinstance(kept, str) else 12
+            if isinstance(kept, textless.Left):
+                kept.number = length
+            return kept
+        cut = length > room + _OVERLAP or len(orjson.dumps(text)) > room + 2
+        if cut:
             self.cuts += 1
-            kept = beginning(text, room)
-            self._bytes_left = 0
-            return f"{kept}... (truncated: {length - len(kept):,} of {length:,} characters left out)"
-        self._bytes_left -= len(encoded)
+            kept = beginning(text, room - _MARKER_BYTES)
+            # Of a text that was redacted as well, what is left out cannot be counted in its own characters.
+            left_out = f"{length - len(kept):,} of {length:,}" if text is whole else f"some of {length:,}"
+            text = f"{kept}... (truncated: {left_out} characters left out)"
+        self._bytes_left -= len(orjson.dumps(text)) + 1
         return text
 
-    def _number(self, value: float | str | None, key: str) -> Any:
-        if isinstance(value, int) and self._redactor.personal:
-            value = self._redactor.number(value)
-        self._bytes_left -= len(repr(value)) + 1
+    def _number(self, value: float | None) -> Any:
+        if isinstance(value, int):
+            if not -(2**63) <= value < 2**64:
+                bits = value.bit_length()
+                return self._text(str(value) if bits <= _MAX_BITS else f"<integer of {bits:,} bits>", "", 400)
+            if self._redactor.personal:
+                value = self._redactor.number(value)
+        self._bytes_left -= len(repr(value)) + 2
         return value
 
     def _plainer(self, value: Any) -> Any:
         """Return something plainer in place of `value`, at no more cost than looking at the top of it."""
-        try:
+        if isinstance(value, (dt.datetime, dt.date, dt.time)):
             if isinstance(value, dt.datetime) and value.tzinfo is None:
-                return value.replace(tzinfo=dt.timezone.utc).isoformat()
-            if isinstance(value, (bytes, bytearray, memoryview)):
-                return f"<{memoryview(value).nbytes} bytes>"
-            if isinstance(value, decimal.Decimal):
-                number = float(value)
-                return number if math.isfinite(number) else str(value)
-            if isinstance(value, (uuid.UUID, pathlib.PurePath)):
-                return str(value)
-            if isinstance(value, BaseException):
-                return describe_error(value)
-            if isinstance(value, type):
-                return value.__qualname__
-            if isinstance(value, Mapping):
-                return _Items(_first(value.items(), self._values_left + 1), len(value))
-            return _fields_of(value) or self._array(value) or _converted(value)
-        except Exception:  # noqa: BLE001 - a user's property, method or repr
-            return f"<{type(value).__qualname__} that cannot be shown>"
+                value = value.replace(tzinfo=dt.timezone.utc)
+            return value.isoformat()
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return f"<{memoryview(value).nbytes} bytes>"
+        if isinstance(value, decimal.Decimal):
+            return float(value) if value.is_finite() and abs(value.adjusted()) < 300 else str(value)
+        if isinstance(value, (uuid.UUID, pathlib.PurePath)):
+            return str(value)
+        if isinstance(value, BaseException):
+            return describe_error(value)
+        if isinstance(value, type):
+            return value.__qualname__
+        if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
+            return vars(value)
+        for form in (_fields_of, self._array, _converted):
+            plainer = form(value)
+            if plainer is not None:
+                return plainer
+        return None
 
     def _array(self, value: Any) -> Any:
         """Return the elements of an array, or the beginning and the shape of a large one or of a table."""
-        shape = getattr(value, "shape", None)
+        shape = getattr(value, "shape", None) if hasattr(type(value), "shape") else None
         if not isinstance(shape, tuple) or not all(isinstance(side, int) for side in shape):
             return None
         about = {"type": type(value).__qualname__, "shape": list(shape)}
         if hasattr(value, "columns"):
-            self.cuts += 1
-            head = value.head(_HEAD)
-            rows = head.to_dict("records") if hasattr(head, "iterrows") else head.to_dicts()
-            return {**about, "columns": [str(name) for name in value.columns[: self._limits.max_items]], "head": rows}
-        about["dtype"] = str(getattr(value, "dtype", ""))
-        if math.prod(shape) <= max(self._values_left, 0):
-            elements = value.tolist()
-            return elements if type(elements) is not type(value) else float(value)
+            self.cuts += shape[0] > _HEAD or shape[-1] > _COLUMNS
+            head = value.iloc[:_HEAD, :_COLUMNS] if hasattr(value, "iloc") else value[:_HEAD, :_COLUMNS]
+            rows = list(head.itertuples(index=False, name=None)) if hasattr(head, "itertuples") else head.rows()
+            names = [str(name) for name in head.columns]
+            return {**about, "columns": names, "head": [dict(zip(names, row, strict=False)) for row in rows]}
+        kind = getattr(getattr(value, "dtype", None), "kind", "")
+        if kind == "M":  # times, which in nanoseconds would become integers
+            value = value.astype("datetime64[us]")
+        elif kind in ("m", "c"):
+            value = value.astype(str)
+        if math.prod(shape) < max(self._values_left, 1):
+            return self._elements(value)
         self.cuts += 1
-        head = value.head(_HEAD) if hasattr(value, "head") else value.reshape(-1)[:_HEAD]
-        return {**about, "head": head.tolist()}
+        about["dtype"] = str(getattr(value, "dtype", ""))
+        flat = value.flat if hasattr(value, "flat") else value
+        return {**about, "head": self._elements(flat[:_HEAD])}
+
+    @staticmethod
+    def _elements(value: Any) -> Any:
+        if type(getattr(value, "index", None)).__name__ not in ("NoneType", "RangeIndex") and hasattr(value, "to_dict"):
+            return value.to_dict()  # a Series of pandas, whose labels may tell what the values are
+        elements = value.tolist() if hasattr(value, "tolist") else value.to_list()
+        names = getattr(getattr(value, "dtype", None), "names", None)
+        if names and isinstance(elements, list):
+            return [dict(zip(names, row, strict=True)) if isinstance(row, tuple) else row for row in elements]
+        if elements is None:
+            return math.nan  # NaT, which is JSON's null as well
+        return float(elements) if type(elements) is type(value) else elements
 
     # -- containers ---------------------------------------------------------------------------------
 
     def _container(self, value: Any, depth: int, key: str) -> Any:
-        if id(value) in self._open:
-            return f"<{type(value).__qualname__}: contains itself>"
-        self._open.add(id(value))
-        try:
-            room = max(self._values_left, 0)
-            if isinstance(value, _Items):
-                return self._dict(value[:], value.size, depth)
-            if isinstance(value, dict):
-                return self._dict(_first(value.items(), room), len(value), depth)
-            return self._list(_first(value, room), len(value), depth, key)
-        finally:
-            self._open.discard(id(value))
+        if isinstance(value, Mapping):
+            return self._dict(value, depth)
+        if isinstance(value, tuple) and hasattr(type(value), "_fields"):
+            return self._dict(dict(zip(type(value)._fields, value, strict=False)), depth)  # type: ignore[attr-defined]
+        if isinstance(value, _LISTS):
+            return self._list(value, depth, key)
+        plainer = self._plainer(value)
+        if plainer is not None:
+            return self.plain(plainer, depth + 1, key)
+        return self._text(repr(value), key, min(self._bytes_left, _MAX_REPR))
 
-    def _dict(self, items: list[tuple[Any, Any]], size: int, depth: int) -> dict[str, Any]:
+    def _dict(self, value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+        size = len(value)
         plain: dict[str, Any] = {}
         taken = 0
-        for key, item in items:
-            if self._values_left <= 0 or self._bytes_left <= 0:
+        for key, item in _first(value.items(), max(self._values_left, 0)):
+            if self._values_left <= 0 or self._bytes_left <= _MARKER_BYTES:
                 break
             self._put(plain, key, item, depth + 1)
             taken += 1
@@ -207,91 +265,93 @@ class Walk:
 
     def _put(self, plain: dict[str, Any], key: Any, value: Any, depth: int) -> None:
         name = self._key(key)
-        self._bytes_left -= len(name) + 4
-        if self._redactor.is_secret(name) and not (value is None or isinstance(value, bool)):
-            plain[name] = SECRET
-        elif not self._textless:
-            plain[name] = self.plain(value, depth, name)
+        self._bytes_left -= len(orjson.dumps(name)) + 2
+        try:
+            if self._redactor.is_secret(name) and not (value is None or value is True or value is False):
+                item: Any = SECRET
+            else:
+                item = self.plain(value, depth, name)
+        except Exception:  # noqa: BLE001 - an object that raises however it is looked at
+            item = "<something that cannot be shown>"
+        if self._content == "none":
+            textless.put(plain, name, item)
         else:
-            self._put_without_text(plain, name, value, depth)
+            plain[name] = item
 
-    def _list(self, items: list[Any], size: int, depth: int, key: str) -> list[Any]:
+    def _list(self, value: Any, depth: int, key: str) -> Any:
+        size = len(value)
+        room = max(self._values_left, 0)
         plain: list[Any] = []
-        taken = 0
-        for item in items:
-            if self._values_left <= 0 or self._bytes_left <= 0:
+        reserve = 0 if size <= room else 1  # for saying what was left out
+        for item in _first(value, max(room - reserve, 0)):
+            if self._values_left <= reserve or self._bytes_left <= _MARKER_BYTES:
                 break
             plain.append(self.plain(item, depth + 1, key))
-            taken += 1
+        taken = len(plain)
+        if self._content == "none":
+            left = textless.list_or_left(plain, size)
+            if isinstance(left, textless.Left):
+                return left
+            plain = left
         if size > taken:
-            self.cuts += 1
+            self._cut()
             plain.append(f"... (truncated: {size - taken:,} of {size:,} left out)")
         return plain
 
     def _say_what_is_left_out(self, plain: dict[str, Any], count: int) -> None:
         if count > 0:
-            self.cuts += 1
+            self._cut()
             plain["..."] = f"(truncated: {count:,} more left out)"
 
     def _key(self, key: Any) -> str:
-        if isinstance(key, enum.Enum):
-            key = key.value
         try:
-            text = _utf8(key[:_MAX_KEY] if isinstance(key, str) else str(key)[:_MAX_KEY])
+            if isinstance(key, enum.Enum):
+                key = key.value
+            if isinstance(key, str):
+                text = _utf8(str.__getitem__(key, slice(_MAX_KEY + _OVERLAP)))
+            elif key is None or isinstance(key, (bool, float)):
+                text = str(key)
+            elif isinstance(key, int):
+                text = str(self._number(int.__add__(key, 0)))
+            elif isinstance(key, (bytes, *_LISTS)) and len(key) > _MAX_KEY:
+                text = f"<{type(key).__qualname__} of {len(key):,}>"
+            else:
+                text = _utf8(str(key)[: _MAX_KEY + _OVERLAP])
+            if self._redactor.active:
+                text = self._redactor.text(text)
         except Exception:  # noqa: BLE001 - a user's __str__
             return f"<{type(key).__qualname__}>"
-        return self._redactor.text(text) if self._redactor.active else text
-
-    # -- content="none" -----------------------------------------------------------------------------
-
-    def _put_without_text(self, plain: dict[str, Any], name: str, value: Any, depth: int) -> None:
-        """Put `value` if it is no text; of a text only its length, of texts their number, unless they are names."""
-        if not _ONE_WORD.fullmatch(name):
-            name = "[text]"
-        if isinstance(value, enum.Enum):
-            value = value.value
-        named = bool(_NAMES.fullmatch(name) or _IDS.fullmatch(name))
-        whole = self.plain(value, depth, name)
-        if isinstance(whole, str) and name != "traceback" and not (named and _ONE_WORD.fullmatch(whole)):
-            plain[f"{name}_length"] = len(value) if isinstance(value, str) else len(whole)
-        elif isinstance(whole, list) and name != "traceback":
-            kept = [item for item in whole if not isinstance(item, str) or (named and _ONE_WORD.fullmatch(item))]
-            if len(kept) == len(whole):
-                plain[name] = whole
-            else:
-                plain[f"{name}_count"] = len(value) if hasattr(value, "__len__") else len(whole)
-        else:
-            plain[name] = whole
+        if len(text) > _MAX_KEY:
+            self.cuts += 1
+            return f"{text[: _MAX_KEY - 3]}..."
+        return text
 
 
-class _Items(list[tuple[Any, Any]]):
-    """The first items of a mapping, and how many there are."""
-
-    def __init__(self, items: list[tuple[Any, Any]], size: int) -> None:
-        super().__init__(items)
-        self.size = size
+def _keep_within(plain: dict[str, Any], max_bytes: int) -> None:
+    """Make the last field one text, if saying at many levels what was cut has made it too large."""
+    name, value = next(reversed(plain.items()))
+    encoded = orjson.dumps(value)
+    if len(encoded) > max_bytes:
+        kept = beginning(encoded.decode(), max_bytes - _MARKER_BYTES)
+        plain[name] = f"{kept}... (truncated: {len(encoded):,} bytes in all)"
 
 
 def _first(values: Iterable[Any], count: int) -> list[Any]:
     """Return the first of `values`, in one step of the interpreter: another thread may be changing them."""
+    taken: list[Any] = []
     for _ in range(3):
+        taken = []
         try:
-            return list(itertools.islice(values, count))
+            taken.extend(itertools.islice(values, count))
+            break
         except RuntimeError:  # changed while we read: that one step may still be interrupted, but rarely is
             continue
-    return list(values)[:count]
+    return taken
 
 
 def _utf8(value: str) -> str:
     """Return `value` as text that UTF-8 can hold: a lone surrogate becomes a question mark."""
-    return str.__str__(value) if value.isascii() else value.encode("utf-8", "replace").decode()
-
-
-def _integer(value: int) -> int | str:
-    if -(2**63) <= value < 2**64:
-        return int(value)
-    bits = value.bit_length()
-    return str(int(value)) if bits <= 1024 else f"<integer of {bits:,} bits>"
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
 
 
 def _fields_of(value: Any) -> dict[str, Any] | None:
@@ -309,16 +369,11 @@ def _fields_of(value: Any) -> dict[str, Any] | None:
 
 
 def _converted(value: Any) -> Any:
-    """Return what an object has as its plainer form: numpy and pandas scalars, other systems' models, times."""
-    if isinstance(value, (collections.abc.Iterator, range)):
-        return _repr(value)
-    for method in ("model_dump", "item", "isoformat"):
-        convert = getattr(value, method, None)
+    """Return what an object has as its plainer form. Asked of its class: some objects answer to any name."""
+    if isinstance(value, Iterator):
+        return None
+    for method in ("model_dump", "isoformat"):  # other systems' models, other systems' times
+        convert: Callable[[Any], Any] | None = getattr(type(value), method, None)
         if callable(convert):
-            return convert()
-    return _repr(value)
-
-
-def _repr(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_REPR else f"{text[:_MAX_REPR]}... (truncated: {len(text):,} characters)"
+            return convert(value)
+    return None

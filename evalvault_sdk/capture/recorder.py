@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from evalvault_sdk.capture.context import Trace
 from evalvault_sdk.capture.encode import Encoder
-from evalvault_sdk.capture.sample import Sampling
+from evalvault_sdk.capture.sample import Sampling, release
 from evalvault_sdk.log import Rarely
 from evalvault_sdk.payload import PayloadStore
 
@@ -120,12 +120,22 @@ class Recorder:
         """Whether a trace is recorded from its beginning to its end."""
         return self.sampling is None or self.sampling.draws(trace_id)
 
-    def end_trace(self, trace: Trace, duration_ms: float | None = None) -> None:
-        """Decide what becomes of the events of a trace that was not drawn: the scope that opened it was left."""
-        if self.sampling is None:
-            return
+    def end_trace(self, trace: Trace, duration_ms: float) -> None:
+        """Decide over what is held of a trace that was not drawn: the scope that opened it was left."""
+        trace.ended = True
+        trace.longest_ms = max(trace.longest_ms, duration_ms)
+        if trace.held is not None:
+            self._release(trace)
+
+    def fail_trace(self, trace: Trace) -> None:
+        """Say that a stage failed: whoever samples may want to keep the trace."""
+        trace.failed = True
+        if trace.held is not None:
+            self._release(trace)
+
+    def _release(self, trace: Trace) -> None:
         try:
-            self.sampling.end(self, trace, duration_ms)
+            release(trace)
         except Exception as error:  # noqa: BLE001 - see the module's promise
             self.fault("ending a trace", error)
 

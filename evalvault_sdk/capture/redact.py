@@ -83,7 +83,11 @@ _COOKIES = re.compile(r"\\{0,3}[\"']?([^\s=;\"'\\]{1,128}=[^\r\n\"'\\]+)")
 _SCHEMED = re.compile(
     r"\\{0,3}[\"']?(?i:bearer|basic|token|digest|negotiate|apikey|bot) +(?!\[secret\])([^\s\"',;\\]+)"
 )
-_QUOTED = re.compile(r"\\{0,3}[\"'](?!\[secret\])([^\"'\\\r\n]+)")
+# To the quote that opened it. In JSON within a text the quotes are escaped, and so would be one inside.
+_QUOTED = re.compile(
+    r"(?:\\{1,3}[\"'](?!\[secret\])(?P<escaped>(?:[^\"\\\r\n]|\\{3}[\"'])+)"
+    r"|\"(?!\[secret\])(?P<double>(?:[^\"\\\r\n]|\\.)+)|'(?!\[secret\])(?P<single>(?:[^'\\\r\n]|\\.)+))"
+)
 _UNQUOTED = re.compile(r"(?!\[secret\])([!#-%(-+\--:<-\[^-|~?]{8,})")
 
 # --- May an encoded event hold one? A literal to begin with is what makes these fast; none may look at what stands
@@ -271,9 +275,12 @@ def _value(text: str, start: int, key: str, sign: str) -> tuple[int, int] | None
     """Return where the value that begins at `start` is, or None if it is more likely a word of the sentence."""
     if key.lower().endswith("cookie") and (cookies := _COOKIES.match(text, start)):
         return cookies.span(1)
-    given = _SCHEMED.match(text, start) or _QUOTED.match(text, start)
+    given = _SCHEMED.match(text, start)
     if given:
         return given.span(1)
+    given = _QUOTED.match(text, start)
+    if given:
+        return given.span(given.lastgroup or 0)
     given = _UNQUOTED.match(text, start)
     if given and not (sign == ":" and given[1].rstrip(".?!").isalpha() and given[1][1:].islower()):
         return given.span(1)

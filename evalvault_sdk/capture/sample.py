@@ -16,8 +16,9 @@ such an estimate. Its events are held meanwhile, in bounds; they go with the tra
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import orjson
@@ -32,6 +33,18 @@ _MAX_HELD_BYTES = 1 << 20
 #: The digits of a trace id that are random, says W3C Trace Context, level 2: the last 56 bits.
 _RANDOM_DIGITS = 14
 _RANDOM_RANGE = 1 << 56
+
+
+class Held:
+    """The events of a trace that was not drawn, of all tracers that record in it."""
+
+    __slots__ = ("bytes", "events", "pid")
+
+    def __init__(self) -> None:
+        self.events: deque[tuple[Recorder, bytes]] = deque()
+        self.bytes = 0
+        #: A forked child has a copy of what is its parent's to decide upon.
+        self.pid = os.getpid()
 
 
 @attrs.frozen(kw_only=True)
@@ -51,73 +64,72 @@ class Sampling:
 
     def record(self, recorder: Recorder, fields: dict[str, Any], trace: Trace | None) -> bool:
         """Put an event, hold it or leave it out; say whether it was put."""
-        fields["metadata"] = {**fields.get("metadata", {}), "sample_rate": self.rate}
+        metadata = fields["metadata"] = {**fields.get("metadata", {}), "sample_rate": self.rate}
         if self.draws(fields.get("trace_id")):
             return recorder.put(fields)
-        kept = trace.kept if trace is not None else None
-        why = kept or self._worth_keeping(fields)
-        if why is None and (trace is None or trace.ended or not self._can_keep):
-            recorder.note("sampled_out")
-            return False
-        if why is not None:
-            fields["metadata"]["sample_kept"] = why
-        if why is None and trace is not None:
-            self._hold(recorder, fields, trace)
-            return False
-        if trace is not None and kept is None:
-            trace.kept = why
-            _release(trace)
-        return recorder.put(fields)
-
-    def end(self, recorder: Recorder, trace: Trace, duration_ms: float | None) -> None:
-        """Decide over what a trace holds: the scope that opened it was left, after `duration_ms`, if that is known."""
-        slow = self.keep_slow_ms
-        if trace.kept is None and duration_ms is not None and slow is not None and duration_ms >= slow:
-            trace.kept = "slow"
-        trace.ended = True
-        _release(trace)
-
-    @property
-    def _can_keep(self) -> bool:
-        return self.keep_errors or self.keep_slow_ms is not None
-
-    def _worth_keeping(self, fields: dict[str, Any]) -> str | None:
-        if self.keep_errors and fields.get("status") == "error":
-            return "error"
         duration_ms = fields.get("duration_ms")
-        slow = self.keep_slow_ms
-        if slow is not None and isinstance(duration_ms, (int, float)) and duration_ms >= slow:
-            return "slow"
-        return None
-
-    def _hold(self, recorder: Recorder, fields: dict[str, Any], trace: Trace) -> None:
-        if trace.held is None:
-            trace.held = deque()
-        if len(trace.held) >= _MAX_HELD_EVENTS or trace.held_bytes >= _MAX_HELD_BYTES:
+        took_ms = duration_ms if isinstance(duration_ms, (int, float)) else 0.0
+        failed = fields.get("status") == "error"
+        if trace is not None:
+            trace.longest_ms = took_ms = max(trace.longest_ms, took_ms)
+            failed = failed or trace.failed
+        why = self._why(failed=failed, took_ms=took_ms)
+        if why is not None:
+            if trace is not None:
+                release(trace)
+            metadata["sample_kept"] = why
+            return recorder.put(fields)
+        can_keep = self.keep_errors or self.keep_slow_ms is not None
+        if trace is None or trace.ended or not can_keep or not self._hold(recorder, fields, trace):
             recorder.note("sampled_out")
-            return
+        return False
+
+    def keeps(self, trace: Trace) -> Literal["error", "slow"] | None:
+        """Return why a trace is kept that was not drawn, or None if there is no reason yet."""
+        return self._why(failed=trace.failed, took_ms=trace.longest_ms)
+
+    def _why(self, *, failed: bool, took_ms: float) -> Literal["error", "slow"] | None:
+        if failed and self.keep_errors:
+            return "error"
+        return "slow" if self.keep_slow_ms is not None and took_ms >= self.keep_slow_ms else None
+
+    @staticmethod
+    def _hold(recorder: Recorder, fields: dict[str, Any], trace: Trace) -> bool:
+        """Keep an event with its trace, if there is room for it."""
+        held = trace.held
+        if held is None or held.pid != os.getpid():
+            held = trace.hold()
+        if len(held.events) >= _MAX_HELD_EVENTS or held.bytes >= _MAX_HELD_BYTES:
+            return False
+        fields["metadata"]["sample_kept"] = "error"  # or as long a word: the event keeps its size
         event = recorder.encode(fields)
         if event is not None:
-            trace.held_bytes += len(event)
-            trace.held.append((recorder, event))
-            if trace.ended or trace.kept is not None:  # as another thread may have decided meanwhile
-                _release(trace)
+            held.bytes += len(event)
+            held.events.append((recorder, event))
+            if trace.ended or trace.failed:  # as another thread may have found out meanwhile
+                release(trace)
+        return True
 
 
-def _release(trace: Trace) -> None:
-    """Put what is held into the sink if the trace is kept, count it as sampled out if it has ended and is not."""
+def release(trace: Trace) -> None:
+    """Put what is held into the sinks of those who keep the trace; if it has ended, count the rest as sampled out."""
     held = trace.held
-    while held:
+    if held is None or held.pid != os.getpid():
+        return
+    for _ in range(len(held.events)):
         try:
-            recorder, event = held.popleft()
+            recorder, event = held.events.popleft()
         except IndexError:  # another thread was faster
             return
-        if trace.kept is None:
+        why = recorder.sampling.keeps(trace) if recorder.sampling is not None else None
+        if why is not None:
+            fields = orjson.loads(event)
+            fields.setdefault("metadata", {})["sample_kept"] = why
+            recorder.put_encoded(orjson.dumps(fields))
+        elif trace.ended:
             recorder.note("sampled_out")
-            continue
-        fields = orjson.loads(event)
-        fields.setdefault("metadata", {})["sample_kept"] = trace.kept
-        recorder.put_encoded(orjson.dumps(fields))
+        else:
+            held.events.append((recorder, event))
 
 
 def _randomness(trace_id: object) -> int:

@@ -218,11 +218,13 @@ class StageContext(Scope):
         try:
             if error is not None:
                 self._came_to_grief(error)
+            if self.status == "error":
+                recorder.fail_trace(self._trace)
             recorder.record(self._fields(elapsed_ns), self._trace)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)
-        if self._opened_trace and recorder.sampling is not None:
-            recorder.end_trace(self._trace)
+        if self._opened_trace:
+            recorder.end_trace(self._trace, elapsed_ns / 1_000_000)
         self._outer = None
 
     def _came_to_grief(self, error: BaseException) -> None:
@@ -284,8 +286,6 @@ class StageContext(Scope):
         fields: dict[str, Any] = {
             "run_id": self._recorder.run_id,
             "stage_id": self.stage_id,
-            "stage_type": self.stage_type,
-            "status": self.status,
             "started_at": iso_time(started_ns),
             # From the monotonic clock: a step of the wall clock cannot make a stage end before it began.
             "finished_at": iso_time(started_ns + elapsed_ns),
@@ -296,6 +296,8 @@ class StageContext(Scope):
         if self.parent_stage_id is not None:
             fields["parent_stage_id"] = self.parent_stage_id
         # From here on content: the order saves the encoder from looking for secrets in what can hold none.
+        fields["stage_type"] = self.stage_type
+        fields["status"] = self.status
         fields["attributes"] = as_object(self.attributes)
         if self.stage_name is not None:
             fields["stage_name"] = self.stage_name

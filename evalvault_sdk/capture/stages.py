@@ -224,6 +224,8 @@ class Stages:
                 "span_id": span_id or (span[1] if span and span[0] == trace.trace_id else span_id_of(made_id)),
             }
             trace.ended = trace.ended or is_root  # nobody will: what it decides, this event decides alone
+            if status == "error":
+                recorder.fail_trace(trace)
             recorder.record({name: value for name, value in fields.items() if value is not None}, trace)
         except Exception as error:  # noqa: BLE001 - the host program must not feel our faults
             recorder.fault("recording a stage", error)

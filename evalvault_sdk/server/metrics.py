@@ -208,7 +208,8 @@ def _classification(attributes: Mapping[str, Any]) -> Iterator[_Finding]:
 
 def _safety(attributes: Mapping[str, Any]) -> Iterator[_Finding]:
     violations = attributes.get("violations")
-    count = len(violations) if isinstance(violations, list | tuple) else _integer(attributes.get("violation_count"))
+    given = attributes.get("violation_count", attributes.get("violations_count"))  # the latter with content="none"
+    count = len(violations) if isinstance(violations, list | tuple) else _integer(given)
     if count is not None:
         yield "violation_rate", float(count > 0), {"violations": count, "comparison": "max"}
     blocked = attributes.get("blocked")
