@@ -9,10 +9,8 @@ Any thread, any process: a payload is a file of its own, there as a whole or not
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,6 +19,7 @@ from typing import Protocol
 
 from evalvault_sdk.errors import ConfigurationError
 from evalvault_sdk.events import StagePayloadRef
+from evalvault_sdk.private import make_private
 
 #: What `put` names its files, and all that `get` takes for a name: nothing else can be meant.
 _ID = re.compile("[0-9a-f]{32}")
@@ -67,8 +66,8 @@ class FolderPayloadStore:
         """Write `payload` to a file of its own. Raises `OSError`; then nothing is left of it."""
         ref = StagePayloadRef(self.name, uuid.uuid4().hex, type)  # not new_stage_id(), which could be guessed
         path = self._path(ref.id)
-        _make_private(self.folder)
-        _make_private(path.parent)
+        make_private(self.folder, parents=True)
+        make_private(path.parent)
         unfinished = path.with_suffix(_UNFINISHED)
         try:
             with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -119,18 +118,3 @@ class FolderPayloadStore:
                 for path in (self.folder / f"{number:02x}").iterdir():
                     if _ID.fullmatch(path.name.removesuffix(_UNFINISHED)):
                         yield path
-
-
-def _make_private(folder: Path) -> None:
-    """Make a folder if it is not there. Raises `OSError` if it cannot be ours alone: payloads are users' questions."""
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-        folder.chmod(0o700)  # whatever the umask took from us
-    except FileExistsError:
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "is no folder, or a link to one", str(folder)) from None
-        if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "belongs to another user: name one in it", str(folder)) from None
-        if status.st_mode & 0o077:
-            folder.chmod(0o700)

@@ -12,7 +12,7 @@ import pytest
 from tests.support import ROOT, clean_environment
 
 PACKAGE = ROOT / "evalvault_sdk"
-BASE = {"errors", "log", "ids", "events", "checks", "config", "builder", "payload", "oversize"}
+BASE = {"errors", "log", "ids", "events", "checks", "config", "builder", "payload", "oversize", "private"}
 #: A part of the package, and the parts it may import besides itself and BASE.
 MAY_IMPORT = {
     "capture": set(),

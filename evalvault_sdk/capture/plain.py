@@ -10,7 +10,6 @@ consumes an iterator. Looks at no more than the limits allow, however large the 
 
 from __future__ import annotations
 
-import argparse
 import array
 import collections
 import dataclasses
@@ -193,7 +192,7 @@ class Walk:
             return describe_error(value)
         if isinstance(value, type):
             return value.__qualname__
-        if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
+        if isinstance(value, types.SimpleNamespace) or type(value).__module__ == "argparse":
             return vars(value)
         for form in (_fields_of, self._array, _converted):
             plainer = form(value)

@@ -11,7 +11,6 @@ Caller's thread. What is malformed counts as not given, as the standard wants it
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from typing import Any
@@ -63,6 +62,8 @@ def read_headers(traceparent: object, tracestate: object = None) -> Remote | Non
 
 def run_hash(run_id: str) -> str:
     """Return what tells a run from others, and says nothing of it to those it is shown to."""
+    import hashlib  # loads a large library: not for every program that imports us
+
     return hashlib.blake2b(run_id.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 

@@ -15,7 +15,6 @@ such an estimate. Its events are held meanwhile, in bounds; they go with the tra
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
@@ -140,4 +139,6 @@ def _randomness(trace_id: object) -> int:
             return int(text[-_RANDOM_DIGITS:], 16)
         except ValueError:
             pass
+    import hashlib  # loads a large library: not for every program that imports us
+
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=7).digest(), "big")

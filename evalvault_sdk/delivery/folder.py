@@ -10,13 +10,13 @@ What is kept there are users' questions: a folder of somebody else's is refused,
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from evalvault_sdk.private import check_private, make_private
 
 #: In a destination's folder: where its events go, for people and for the command.
 DESTINATION_FILE = "destination"
@@ -66,26 +66,14 @@ def make_folder(folder: Path, destination: str) -> None:
     if not root.is_dir():
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.name == f"evalvault-{_user()}":
-        _check_private(root)  # in a folder that everybody may write to, anybody may have made it before us
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    _check_private(folder)
+        check_private(root)  # in a folder that everybody may write to, anybody may have made it before us
+    make_private(folder)
     path = folder / DESTINATION_FILE
     if not path.exists():
         with contextlib.suppress(FileExistsError):
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(file, "w", encoding="utf-8", errors="surrogateescape") as text:
                 text.write(destination + "\n")
-
-
-def _check_private(folder: Path) -> None:
-    status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder")
-    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "belongs to another user")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
 
 
 def _could_write(folder: Path) -> bool:

@@ -390,11 +390,11 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     life = Life(tmp_path)
     life.spool.folder.symlink_to(tmp_path)
     assert not life.append({"n": 1})
-    assert "is not a folder" in str(life.spool.fault)
+    assert "is no folder" in str(life.spool.fault)
     life = Life(tmp_path, url="http://other.test")
     life.spool.folder.mkdir()
     somebody = os.stat_result([0o40777, 0, 0, 0, 4711, 0, 0, 0, 0, 0])
-    monkeypatch.setattr("evalvault_sdk.delivery.folder.os.lstat", lambda path: somebody)
+    monkeypatch.setattr("evalvault_sdk.private.os.lstat", lambda path: somebody)
     assert not life.append({"n": 1})
     assert "belongs to another user" in str(life.spool.fault)
 
