@@ -14,6 +14,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from evalvault_sdk.capture.context import Trace
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import NOWHERE
@@ -33,23 +35,30 @@ _NOTHING = FlushReport(recorded=0, delivered=0, spooled=0, queued=0, in_flight=0
 class _DefaultRecorder(Recorder):
     """A recorder that does as the one of the configured tracer does."""
 
-    __slots__ = ("_configuring", "_is_configuring", "tracer")
+    __slots__ = ("_configuring", "_is_configuring", "_unconfigured", "tracer")
 
     def __init__(self) -> None:
-        super().__init__(NOWHERE.run_id, NOWHERE.sink)
+        super().__init__("", NOWHERE.setup.sink)
         self.tracer: StageTracer | None = None
+        self._unconfigured = self._own
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Begin with a lock of one's own: another thread of the parent may have held this one."""
         self._is_configuring = False
         self._configuring = threading.RLock()  # reentrant: a finalizer may record in the middle of it
 
     def use(self, tracer: StageTracer) -> None:
-        """Record with `tracer` from now on. The one before delivers what it has, and ends."""
-        self.follow(tracer._recorder)
-        self.tracer = tracer
+        """Record with `tracer` from now on. The one before delivers what it has, and ends if nobody else keeps it."""
+        with self._configuring:
+            self.tracer = tracer
+            self.follow(tracer._recorder._own)
 
     def record(self, fields: dict[str, Any], trace: Trace | None = None) -> bool:
         """Record an event with the configured tracer."""
         self.make_ready()
-        fields["run_id"] = self.run_id  # the stage may have begun before it was known
+        if not fields.get("run_id"):
+            fields["run_id"] = self.run_id  # the stage began before it was known
         return super().record(fields, trace)
 
     def draws(self, trace_id: str | None) -> bool:
@@ -59,10 +68,10 @@ class _DefaultRecorder(Recorder):
 
     def make_ready(self) -> None:
         """Configure from the environment, if nobody has called `configure` before the first use."""
-        if self.sink is not NOWHERE.sink or not self.enabled:
+        if self._own is not self._unconfigured or self._watches:
             return
         with self._configuring:
-            if self.sink is not NOWHERE.sink or not self.enabled or self._is_configuring:
+            if self._own is not self._unconfigured or self._is_configuring:
                 return
             self._is_configuring = True
             try:
@@ -76,7 +85,8 @@ class _DefaultRecorder(Recorder):
                 warn("stages are not recorded (%s)", type(error).__name__)
             finally:
                 self._is_configuring = False
-                self.enabled = self.enabled and self.sink is not NOWHERE.sink  # it is not tried again
+                if self._own is self._unconfigured:  # it is not tried again
+                    self.follow(attrs.evolve(self._unconfigured, enabled=False))
 
 
 class DefaultTracer(Stages):
@@ -118,3 +128,6 @@ class DefaultTracer(Stages):
 
 
 default = DefaultTracer()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=default._recorder.after_fork_in_child)

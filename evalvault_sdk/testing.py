@@ -16,7 +16,7 @@ tracers of the program's own. Nothing is sent anywhere, and no thread is started
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -25,12 +25,12 @@ import attrs
 import orjson
 
 from evalvault_sdk.capture import clock as clock_module
-from evalvault_sdk.capture.recorder import Note, Recorder, RefusalReason
+from evalvault_sdk.capture.recorder import Note, RefusalReason
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.default import default
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome
-from evalvault_sdk.events import StageEvent
+from evalvault_sdk.events import StageEvent, StagePayloadRef
 
 __all__ = ["CapturingTransport", "FakeClock", "RecordedStage", "RecordedStages", "record_stages"]
 
@@ -80,14 +80,14 @@ class FakeClock:
     def __init__(self, now_s: float = 1_767_225_600.0) -> None:
         self._now_ns = round(now_s * 1e9)
         self._read = 0
-        self._replaced: tuple[Any, Any] | None = None
+        self._replaced: list[tuple[Any, Any]] = []
 
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self._now_ns += round(seconds * 1e9)
 
     def __enter__(self) -> FakeClock:
-        self._replaced = (clock_module.time_ns, clock_module.perf_counter_ns)
+        self._replaced.append((clock_module.time_ns, clock_module.perf_counter_ns))
         clock_module.time_ns = self._time_ns
         clock_module.perf_counter_ns = lambda: self._now_ns
         return self
@@ -97,9 +97,8 @@ class FakeClock:
         return self._now_ns + self._read * 1000
 
     def __exit__(self, *_: object) -> None:
-        if self._replaced is not None:
-            clock_module.time_ns, clock_module.perf_counter_ns = self._replaced
-            self._replaced = None
+        if self._replaced:
+            clock_module.time_ns, clock_module.perf_counter_ns = self._replaced.pop()
 
 
 @attrs.define(eq=False)
@@ -144,6 +143,23 @@ class RecordedStage:
             yield from child._all()
 
 
+class Payloads:
+    """A payload store in memory."""
+
+    def __init__(self) -> None:
+        self._payloads: dict[str, bytes] = {}
+
+    def put(self, payload: bytes, *, type: str = "json") -> StagePayloadRef:
+        """Keep a payload."""
+        id = f"payload-{len(self._payloads) + 1}"
+        self._payloads[id] = payload
+        return StagePayloadRef("test", id, type)
+
+    def get(self, ref: StagePayloadRef | Mapping[str, str]) -> bytes:
+        """Return a payload. Raises `LookupError`."""
+        return self._payloads[ref.id if isinstance(ref, StagePayloadRef) else ref["id"]]
+
+
 class RecordedStages:
     """What was recorded in a block, by the tracers that are watched."""
 
@@ -152,6 +168,8 @@ class RecordedStages:
     def __init__(self) -> None:
         self._encoded: list[bytes] = []
         self._restore = ExitStack()
+        #: What was given to `save_input` and `save_output`, where a tracer has a payload store.
+        self.payloads = Payloads()
         #: Events that could not be recorded, by reason.
         self.refused: dict[str, int] = {}
         #: Fields that were cut, functions of the program's that failed, stages that were not drawn.
@@ -177,10 +195,8 @@ class RecordedStages:
     def watch(self, tracer: Stages) -> None:
         """Keep what `tracer` records, instead of having it delivered. It samples nothing out meanwhile."""
         recorder = tracer._recorder
-        before = Recorder(recorder.run_id, recorder.sink)
-        before.follow(recorder)
-        self._restore.callback(recorder.follow, before)
-        recorder.sink, recorder.sampling, recorder.enabled = self, None, True
+        recorder.watch(self, self.payloads)
+        self._restore.callback(recorder.unwatch, self)
 
     @property
     def events(self) -> list[StageEvent]:

@@ -58,7 +58,7 @@ class StageTracer(Stages):
     ) -> None:
         self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
         self._outbox = open_outbox(self.settings, transport)
-        super().__init__(_recorder(self.settings, self._outbox.queue if self.settings.enabled else NOWHERE.sink))
+        super().__init__(_recorder(self.settings, self._outbox.queue if self.settings.enabled else NOWHERE.setup.sink))
         # When nobody can record any more (tracer, open stages and decorated functions all refer to the
         # recorder), the thread delivers what it has, and ends with the last tracer.
         self._finalizer = weakref.finalize(self._recorder, Outbox.close, self._outbox)

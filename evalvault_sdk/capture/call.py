@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from evalvault_sdk.log import warn
+
 if TYPE_CHECKING:
     from evalvault_sdk.capture.stage import StageContext
 
 #: Items of a stream that `capture_result` and `on_result` keep, and the characters of their text.
 _MAX_KEPT_ITEMS = 10_000
 _MAX_KEPT_CHARACTERS = 1 << 20
+#: What an item of another kind counts for.
+_OTHER_ITEM = 256
 
 
 @attrs.frozen(eq=False)
@@ -34,24 +38,20 @@ class Call:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All arguments by the names of their parameters, defaults included; `*args` is a tuple, `**kwargs` a dict."""
+        """All arguments by the names of their parameters, defaults included; `*args` is a tuple."""
         signature = self._signature
         if signature is None:
             return {f"arg{number}": value for number, value in enumerate(self.args)} | dict(self.kwargs)
         bound = signature.bind(*self.args, **self.kwargs)
         bound.apply_defaults()
-        return bound.arguments
+        arguments = dict(bound.arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments = {**arguments.pop(name), **arguments}
+        return arguments
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
-
-
-def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Return the signature, if it can be known: that of a builtin often cannot."""
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
 
 
 @attrs.frozen(kw_only=True)
@@ -66,6 +66,19 @@ class CallCapture:
     #: From the result to attributes; of a stream, from the list of its items.
     on_result: Callable[[Any], Mapping[str, Any] | None] | None = None
 
+    def signature_of(self, function: Callable[..., Any]) -> inspect.Signature | None:
+        """Return the signature, if it can be known: that of a builtin often cannot. Warn of arguments it has not."""
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            return None
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            for name in _names(self.args):
+                if name not in signature.parameters:
+                    warn("capture_args names %r, but %r has no such parameter", name, _name_of(function))
+        return signature
+
     @property
     def wants_result(self) -> bool:
         """Whether the result is looked at."""
@@ -77,7 +90,7 @@ class CallCapture:
         if self.args:
             try:
                 taken = _chosen(call, self.args)
-                stage.attributes.update((name, recorder.encoder.snapshot(value, recorder)) for name, value in taken)
+                stage.set(**recorder.setup.encoder.snapshot(dict(taken), recorder))
             except TypeError:
                 pass  # the call does not fit the function, which is about to say so
             except Exception as error:  # noqa: BLE001 - see the module's promise
@@ -85,7 +98,7 @@ class CallCapture:
         if self.attributes is not None:
             try:
                 made = self.attributes(call)
-                stage.attributes.update(recorder.encoder.snapshot(dict(made or {}), recorder))
+                stage.set(**recorder.setup.encoder.snapshot(dict(made or {}), recorder))
             except Exception as error:  # noqa: BLE001 - see the module's promise
                 recorder.hook_failed("attributes", error)
 
@@ -119,13 +132,21 @@ class KeptItems:
         """Keep one more, if there is room."""
         if len(self.kept) < _MAX_KEPT_ITEMS and self._characters < _MAX_KEPT_CHARACTERS:
             self.kept.append(item)
-            if isinstance(item, str):
-                self._characters += len(item)
+            self._characters += len(item) if isinstance(item, (str, bytes)) else _OTHER_ITEM
 
 
 def _chosen(call: Call, wanted: bool | Sequence[str]) -> list[tuple[str, Any]]:
     arguments = call.arguments
     if wanted is not True:
-        names = [wanted] if isinstance(wanted, str) else wanted
-        return [(name, arguments[name]) for name in names or () if name in arguments]
+        return [(name, arguments[name]) for name in _names(wanted) if name in arguments]
     return [(name, value) for name, value in arguments.items() if name not in ("self", "cls")]
+
+
+def _names(wanted: bool | Sequence[str]) -> Sequence[str]:
+    if isinstance(wanted, bool):
+        return ()
+    return [wanted] if isinstance(wanted, str) else wanted
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
-from evalvault_sdk.capture.call import Call, signature_of
+from evalvault_sdk.capture.call import Call
 from evalvault_sdk.capture.context import leave, open_scope
 from evalvault_sdk.capture.proxy import Proxy, proxy
 from evalvault_sdk.capture.stage import StageContext
@@ -115,7 +115,7 @@ def _measured_function(
     begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any]
 ) -> Callable[..., Any]:
     capture, recorder = template._call, template._recorder
-    signature = signature_of(function) if capture is not None else None
+    signature = capture.signature_of(function) if capture is not None else None
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         if not recorder.enabled:
@@ -145,7 +145,7 @@ def _measured_coroutine(
     begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any]
 ) -> Callable[..., Any]:
     capture, recorder = template._call, template._recorder
-    signature = signature_of(function) if capture is not None else None
+    signature = capture.signature_of(function) if capture is not None else None
 
     async def measured(*args: Any, **kwargs: Any) -> Any:
         if not recorder.enabled:
@@ -167,7 +167,7 @@ def _measured_stream(
     begin: Callable[[], StageContext], template: StageContext, function: Callable[..., Any], flags: int
 ) -> Callable[..., Any]:
     capture, recorder = template._call, template._recorder
-    signature = signature_of(function) if capture is not None else None
+    signature = capture.signature_of(function) if capture is not None else None
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         if not recorder.enabled:

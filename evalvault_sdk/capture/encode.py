@@ -38,6 +38,8 @@ _NOT_PLAIN = 1 << 60
 _MAX_FIELD = 1_000
 #: What becomes of content whose mask failed. Nothing of it is sent.
 _MASKED = {"redacted": "the function given as mask= failed"}
+#: Characters of a key.
+_MAX_KEY = 128
 #: How large a stored payload may be, next to an event.
 _PAYLOAD_FACTOR = 64
 
@@ -100,10 +102,10 @@ class Encoder:
                 pass
         return self._thorough(fields, notes)
 
-    def snapshot(self, value: Any, notes: Notes) -> Any:
-        """Return `value` as plain JSON values, as an attribute would have it now."""
+    def snapshot(self, attributes: dict[str, Any], notes: Notes) -> dict[str, Any]:
+        """Return attributes as they are now, as plain JSON values."""
         walk = self._walk()
-        plain = walk.plain(value)
+        plain = walk.fields(attributes)
         if walk.cuts:
             notes.note("truncated", walk.cuts)
         return plain
@@ -123,7 +125,10 @@ class Encoder:
     # -- the fast way: is there anything to be careful about? -----------------------------------------
 
     def _is_small(self, fields: dict[str, Any]) -> bool:
-        if len(fields["stage_type"]) + len(fields["status"]) + len(fields.get("stage_name") or "") > _MAX_FIELD:
+        stage_type, status, name = fields["stage_type"], fields["status"], fields.get("stage_name", "")
+        if not (type(stage_type) is type(status) is type(name) is str):
+            return False
+        if len(stage_type) + len(status) + len(name) > _MAX_FIELD or "input_ref" in fields or "output_ref" in fields:
             return False
         metadata = fields.get("metadata")
         return self._are_small(fields["attributes"]) and (not metadata or self._are_small(metadata))
@@ -135,8 +140,8 @@ class Encoder:
         if len(values) > self._limits.max_items:
             return False
         for key, value in values.items():
-            if verdicts.get(key, True) and self._redactor.is_secret(key):
-                return False
+            if verdicts.get(key, True) and (len(key) > _MAX_KEY or self._redactor.is_secret(key)):
+                return False  # of a long key there is no verdict by heart
             kind = type(value)
             if kind is str:
                 if len(value) > max_text:
@@ -173,7 +178,9 @@ class Encoder:
                     break
             return size
         for key, item in value.items():
-            if type(key) is not str or (self._redactor.verdicts.get(key, True) and self._redactor.is_secret(key)):
+            if type(key) is not str or (
+                self._redactor.verdicts.get(key, True) and (len(key) > _MAX_KEY or self._redactor.is_secret(key))
+            ):
                 return _NOT_PLAIN
             size += len(key) * _CHARACTER_BYTES + self._size(item, type(item), depth - 1, room - size)
             if size > room:

@@ -266,7 +266,9 @@ class Walk:
         name = self._key(key)
         self._bytes_left -= len(orjson.dumps(name)) + 2
         try:
-            if self._redactor.is_secret(name) and not (value is None or value is True or value is False):
+            end = str.__getitem__(key, slice(-_MAX_KEY, None)) if isinstance(key, str) else name  # uncut
+            is_secret = self._redactor.is_secret(name) or self._redactor.is_secret(end)
+            if is_secret and not (value is None or value is True or value is False):
                 item: Any = SECRET
             else:
                 item = self.plain(value, depth, name)

@@ -78,6 +78,8 @@ def trace_headers() -> dict[str, str]:
     if scope is None or scope.span_id is None or not _TRACE_ID.fullmatch(scope._trace.trace_id):
         return {}
     trace, recorder = scope._trace, scope._recorder
+    if not recorder.enabled:
+        return {}
     flags = "01" if recorder.draws(trace.trace_id) else "00"
     ours = f"evalvault={scope.stage_id};{run_hash(recorder.run_id)}" if scope.stage_id else ""
     headers = {"traceparent": f"00-{trace.trace_id}-{scope.span_id}-{flags}"}

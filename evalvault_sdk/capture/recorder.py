@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+import attrs
+
 from evalvault_sdk.capture.context import Trace
 from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.sample import Sampling, release
@@ -39,13 +41,26 @@ class Sink(Protocol):
         """Count something else."""
 
 
-_FOLLOWED = ("enabled", "encoder", "payload_store", "run_id", "sampling", "sink", "traceback_frames")
+@attrs.frozen(kw_only=True)
+class Setup:
+    """How a recorder records. Replaced as one, so that no event goes half the old way and half the new one."""
+
+    run_id: str
+    sink: Sink
+    encoder: Encoder
+    #: None: everything is recorded.
+    sampling: Sampling | None = None
+    payload_store: PayloadStore | None = None
+    #: So many frames of an error's traceback are recorded.
+    traceback_frames: int = 0
+    #: False: stages need not even be measured.
+    enabled: bool = True
 
 
 class Recorder:
     """One run's way from fields to the sink. As long as it is referred to, its worker goes on."""
 
-    __slots__ = ("__weakref__", "_log", *_FOLLOWED)
+    __slots__ = ("__weakref__", "_log", "_own", "_watches", "setup")
 
     def __init__(
         self,
@@ -59,33 +74,71 @@ class Recorder:
         traceback_frames: int = 0,
         enabled: bool = True,
     ) -> None:
-        self.run_id = run_id
-        self.sink = sink
-        self.encoder = encoder or Encoder()
-        #: None: everything is recorded.
-        self.sampling = sampling
-        self.payload_store = payload_store
-        #: So many frames of an error's traceback are recorded.
-        self.traceback_frames = traceback_frames
-        #: False: stages need not even be measured.
-        self.enabled = enabled
         self._log = log or Rarely()
+        self._watches: tuple[tuple[Sink, PayloadStore], ...] = ()
+        self.follow(
+            Setup(
+                run_id=run_id,
+                sink=sink,
+                encoder=encoder or Encoder(),
+                sampling=sampling,
+                payload_store=payload_store,
+                traceback_frames=traceback_frames,
+                enabled=enabled,
+            )
+        )
+
+    @property
+    def run_id(self) -> str:
+        """The run that is recorded for."""
+        return self.setup.run_id
+
+    @property
+    def enabled(self) -> bool:
+        """Whether stages need to be measured."""
+        return self.setup.enabled
 
     def make_ready(self) -> None:
         """See to it that `run_id` and the rest are those that will be recorded with."""
 
-    def follow(self, other: Recorder) -> None:
-        """From now on record as `other` does."""
-        for name in _FOLLOWED:
-            setattr(self, name, getattr(other, name))
+    # -- for tests of programs: what is recorded goes elsewhere meanwhile ------------------------------
+
+    def follow(self, setup: Setup) -> None:
+        """From now on record like this."""
+        self._own = setup
+        self.setup = self._as_watched(setup)
+
+    def watch(self, sink: Sink, payload_store: PayloadStore) -> None:
+        """Record into `sink`, everything, until `unwatch`. Who came last has what is recorded."""
+        self._watches = (*self._watches, (sink, payload_store))
+        self.setup = self._as_watched(self._own)
+
+    def unwatch(self, sink: Sink) -> None:
+        """Go back to what it was without `sink`."""
+        self._watches = tuple(watch for watch in self._watches if watch[0] is not sink)
+        self.setup = self._as_watched(self._own)
+
+    def _as_watched(self, setup: Setup) -> Setup:
+        if not self._watches:
+            return setup
+        sink, payload_store = self._watches[-1]
+        return attrs.evolve(
+            setup,
+            run_id=setup.run_id or "test",
+            sink=sink,
+            sampling=None,
+            enabled=True,
+            payload_store=payload_store if setup.payload_store is not None else None,
+        )
 
     def record(self, fields: dict[str, Any], trace: Trace | None = None) -> bool:
         """Encode an event, put it into the sink unless its trace is not drawn; say whether it was taken."""
         try:
-            if self.sampling is not None:
-                return self.sampling.record(self, fields, trace)
-            event = self.encoder.encode(fields, self)
-            return (event is not None and self.sink.put(event)) or self._not_taken(event)
+            setup = self.setup
+            if setup.sampling is not None:
+                return setup.sampling.record(self, fields, trace)
+            event = setup.encoder.encode(fields, self)
+            return (event is not None and setup.sink.put(event)) or self._not_taken(event)
         except Exception as error:  # noqa: BLE001 - see the module's promise
             self.fault("recording a stage", error)
             return False
@@ -97,20 +150,20 @@ class Recorder:
 
     def encode(self, fields: dict[str, Any]) -> bytes | None:
         """Return an event as bytes; None if it is too large whatever is cut, and counted as dropped."""
-        event = self.encoder.encode(fields, self)
+        event = self.setup.encoder.encode(fields, self)
         if event is None:
             self._not_taken(event)
         return event
 
     def put_encoded(self, event: bytes) -> bool:
         """Put an event into the sink."""
-        return self.sink.put(event) or self._not_taken(event)
+        return self.setup.sink.put(event) or self._not_taken(event)
 
     def _not_taken(self, event: bytes | None) -> bool:
         """See to it that the loss of an event is counted, and said if it is one of ours to avoid. Returns False."""
         if event is None:
-            self.sink.refuse("too_large")
-        elif self.sink.closed:
+            self.setup.sink.refuse("too_large")
+        elif self.setup.sink.closed:
             self._log.warn(
                 "closed", "a stage was recorded after shutdown() and is lost; further ones are counted as 'closed'"
             )
@@ -118,7 +171,7 @@ class Recorder:
 
     def draws(self, trace_id: str | None) -> bool:
         """Whether a trace is recorded from its beginning to its end."""
-        return self.sampling is None or self.sampling.draws(trace_id)
+        return self.setup.sampling is None or self.setup.sampling.draws(trace_id)
 
     def end_trace(self, trace: Trace, duration_ms: float) -> None:
         """Decide over what is held of a trace that was not drawn: the scope that opened it was left."""
@@ -141,14 +194,14 @@ class Recorder:
 
     def note(self, what: Note, count: int = 1) -> None:
         """Count something that is no loss of an event."""
-        self.sink.note(what, count)
+        self.setup.sink.note(what, count)
 
     def hook_failed(self, hook: str, error: BaseException) -> None:
         """Count that a function of the user's raised, and say so; of the error only its kind."""
         try:
-            self.sink.note("hook_errors", 1)
+            self.setup.sink.note("hook_errors", 1)
             self._log.warn(
-                hook,
+                f"{hook} {type(error).__name__}",
                 "the function given as %s= raised %s; further errors are counted in stats() as 'hook_errors'",
                 hook,
                 type(error).__name__,
@@ -159,7 +212,7 @@ class Recorder:
     def fault(self, doing: str, error: Exception, reason: RefusalReason = "internal_error") -> None:
         """Count an event lost to `error`, and say so; of the error only its kind, since its text may quote content."""
         try:
-            self.sink.refuse(reason)
+            self.setup.sink.refuse(reason)
             self._log.warn(
                 reason,
                 "an event was lost while %s (%s); further ones are counted in stats() as %r",

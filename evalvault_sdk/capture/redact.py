@@ -138,6 +138,7 @@ class Redactor:
         """Return whether the value under `key` is a secret."""
         verdict = self.verdicts.get(key)
         if verdict is None:
+            key = key[:]  # of a subclass of str, with whatever it refers to, the text alone
             verdict = self._secrets and _secret_key(key)
             if len(key) <= _MAX_KEY:
                 if len(self.verdicts) >= _MAX_VERDICTS:

@@ -120,7 +120,7 @@ def release(trace: Trace) -> None:
             recorder, event = held.events.popleft()
         except IndexError:  # another thread was faster
             return
-        why = recorder.sampling.keeps(trace) if recorder.sampling is not None else None
+        why = sampling.keeps(trace) if (sampling := recorder.setup.sampling) is not None else None
         if why is not None:
             fields = orjson.loads(event)
             fields.setdefault("metadata", {})["sample_kept"] = why

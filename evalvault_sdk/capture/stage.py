@@ -8,9 +8,8 @@ Caller's thread or task. The block's exceptions pass through unchanged; ours nev
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -44,6 +43,7 @@ class StageContext(Scope):
         "_call",
         "_given",
         "_opened_trace",
+        "_own",
         "_parent",
         "_started_ns",
         "_started_perf_ns",
@@ -86,7 +86,7 @@ class StageContext(Scope):
         call: CallCapture | None = None,
     ) -> None:
         self._recorder = recorder
-        self.stage_type = stage_type or "stage"
+        self.stage_type = "stage" if stage_type is None else stage_type
         self._given = (
             (stage_type, stage_name, parent_stage_id, trace_id, attempt, input_ref, output_ref),
             attributes,
@@ -97,7 +97,7 @@ class StageContext(Scope):
         self.parent_stage_id = parent_stage_id
         self._trace_id = trace_id if trace_id is None else as_id(trace_id)
         self.attempt = attempt
-        self.attributes = {} if attributes is None else as_object(attributes).copy()
+        self.attributes = self._own = {} if attributes is None else as_object(attributes).copy()
         self.metadata = {} if metadata is None else as_object(metadata).copy()
         self.input_ref = input_ref
         self.output_ref = output_ref
@@ -108,11 +108,11 @@ class StageContext(Scope):
         self._template: StageContext = self
         self._call = call
 
-    def set(self, **attributes: Any) -> None:
+    def set(self, /, **attributes: Any) -> None:
         """Add attributes: `stage.set(query=query, top_k=5)`."""
-        if type(self.attributes) is not dict:
-            self.attributes = as_object(self.attributes).copy()
-        self.attributes.update(attributes)
+        if self.attributes is not self._own:  # a dict that was assigned is not ours to change
+            self.attributes = self._own = as_object(self.attributes).copy()
+        self._own.update(attributes)
 
     def fail(self, reason: str, *, kind: str = "Error") -> None:
         """Record the stage as failed although the block does not raise."""
@@ -140,11 +140,12 @@ class StageContext(Scope):
 
     def _saved(self, name: str, value: Any) -> StagePayloadRef | None:
         recorder = self._recorder
-        if recorder.payload_store is None:
+        setup = recorder.setup
+        if setup.payload_store is None:
             return None
         try:
-            payload = recorder.encoder.payload(name, value, recorder)
-            return None if payload is None else recorder.payload_store.put(payload)
+            payload = setup.encoder.payload(name, value, recorder)
+            return None if payload is None else setup.payload_store.put(payload)
         except Exception as error:  # noqa: BLE001 - a disk, or a store of the user's own
             recorder.hook_failed("payload_store", error)
             return None
@@ -183,7 +184,7 @@ class StageContext(Scope):
 
     def _below(self) -> Scope | None:
         """Return the given parent, if it has begun: one of a tracer that is switched off never does."""
-        return self._parent if hasattr(self._parent, "_trace") else None
+        return self._parent if issubclass(type(self._parent), Scope) and hasattr(self._parent, "_trace") else None
 
     def _take_over(self, span: tuple[str, str]) -> None:
         """Be part of the trace that OpenTelemetry is in, and bear the id of its span, where we have no trace yet."""
@@ -231,7 +232,7 @@ class StageContext(Scope):
         cancelled_by = cancellation(error)
         if cancelled_by is None:
             self.status = "error"
-            described = describe_error(error, self._recorder.traceback_frames)
+            described = describe_error(error, self._recorder.setup.traceback_frames)
             self.attributes = {**as_object(self.attributes), "error": described}
         elif self.status == "success":
             self.status = "cancelled"
@@ -256,7 +257,7 @@ class StageContext(Scope):
         """Forget what the last time in this block set."""
         fixed, attributes, metadata = self._given
         _, self.stage_name, self.parent_stage_id, _, self.attempt, self.input_ref, self.output_ref = fixed
-        self.attributes = as_object(_snapshot(attributes)).copy()
+        self.attributes = self._own = as_object(_snapshot(attributes)).copy()
         self.metadata = as_object(_snapshot(metadata)).copy()
         self.status = "success"
 
@@ -330,7 +331,7 @@ class _Nowhere:
         pass
 
 
-NOWHERE = Recorder("nowhere", _Nowhere())
+NOWHERE = Recorder("", _Nowhere())
 
 
 class _NoStage(StageContext):
@@ -357,7 +358,7 @@ class _NoStage(StageContext):
     def __call__(self, function: T) -> T:
         return function
 
-    def set(self, **attributes: Any) -> None:
+    def set(self, /, **attributes: Any) -> None:
         pass
 
 
@@ -367,29 +368,33 @@ NO_STAGE: StageContext = _NoStage()
 class _Dormant(_NoStage):
     """The same, but that what it decorates is measured once there is something to record with."""
 
-    __slots__ = ("_decorate",)
+    __slots__ = ("_make",)
 
-    _decorate: StageContext
+    _make: Callable[[], StageContext]
 
-    def __init__(self, stage: StageContext) -> None:
-        object.__setattr__(self, "_decorate", stage)
-        super().__init__()
+    def __init__(self, make: Callable[[], StageContext]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(NO_STAGE, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
 
     def __call__(self, function: T) -> T:
-        decorate: StageContext = self._decorate
-        return decorate(function)
+        return self._make()(function)
 
 
-def dormant(stage: StageContext) -> StageContext:
-    """Return `stage` for a recorder that is switched off for now."""
-    return _Dormant(stage)
+def dormant(make: Callable[[], StageContext]) -> StageContext:
+    """Return what stands for the stage that `make` makes while its recorder is switched off."""
+    return _Dormant(make)
 
 
 def current_stage() -> StageContext:
     """
-    Return the innermost open stage, so that code below a decorator can say what it learnt.
+    Return the stage that this code runs in, so that code below a decorator can say what it learnt.
 
-    Where no stage is open it is one that is recorded nowhere: the code need not ask.
+    Where there is none (at the top of a trace, too) it is one that is recorded nowhere: the code need not ask.
     """
     scope = open_scope.get()
     return scope if isinstance(scope, StageContext) else NO_STAGE
@@ -413,8 +418,8 @@ def as_reference(value: StagePayloadRef | Mapping[str, str]) -> Any:
 
 
 def _snapshot(given: Any) -> Any:
-    """Return a copy that shares no list with what was given: calls must not see each other's appends."""
-    try:
-        return None if given is None else copy.deepcopy(given)
-    except Exception:  # noqa: BLE001 - something in it cannot be copied
-        return given
+    """Return a copy that shares no list or dict with what was given: calls must not see each other's appends."""
+    kind = type(given)
+    if kind is dict:
+        return {key: _snapshot(value) for key, value in given.items()}
+    return [_snapshot(value) for value in given] if kind is list else given

@@ -96,31 +96,34 @@ class Stages:
         """
         if not self._recorder.enabled and not self._may_be_enabled_later:
             return stage_type if callable(stage_type) else NO_STAGE
-        call = None
-        if capture_args or capture_result or on_result is not None or callable(attributes):
-            call = CallCapture(
-                args=capture_args,
-                result=capture_result,
-                attributes=attributes if callable(attributes) else None,
-                on_result=on_result,
+
+        def make() -> StageContext:
+            call = None
+            if capture_args or capture_result or on_result is not None or callable(attributes):
+                call = CallCapture(
+                    args=capture_args,
+                    result=capture_result,
+                    attributes=attributes if callable(attributes) else None,
+                    on_result=on_result,
+                )
+            return StageContext(
+                self._recorder,
+                None if callable(stage_type) else stage_type,
+                stage_name=stage_name,
+                parent=parent,
+                parent_stage_id=parent_stage_id,
+                trace_id=trace_id,
+                attempt=attempt,
+                attributes=None if callable(attributes) else attributes,
+                metadata=metadata,
+                input_ref=input_ref,
+                output_ref=output_ref,
+                call=call,
             )
-        stage = StageContext(
-            self._recorder,
-            None if callable(stage_type) else stage_type,
-            stage_name=stage_name,
-            parent=parent,
-            parent_stage_id=parent_stage_id,
-            trace_id=trace_id,
-            attempt=attempt,
-            attributes=None if callable(attributes) else attributes,
-            metadata=metadata,
-            input_ref=input_ref,
-            output_ref=output_ref,
-            call=call,
-        )
+
         if callable(stage_type):
-            return stage(stage_type)
-        return stage if self._recorder.enabled else dormant(stage)
+            return make()(stage_type)
+        return make() if self._recorder.enabled else dormant(make)
 
     def trace(
         self,
@@ -136,7 +139,8 @@ class Stages:
         """
         Hold together the stages of one request: use the result as `with` or `async with`.
 
-        All stages inside have one trace id, and what is given as metadata here. `traceparent` and `tracestate` are
+        All stages inside have one trace id, and what is given as metadata here. A stage that is open around it is of
+        another trace, and no parent. `traceparent` and `tracestate` are
         the headers of the service that called this one (W3C Trace Context; `trace_headers()` gives them out there):
         the trace is then the caller's. Without them it has `trace_id`, or the id of OpenTelemetry's current trace
         if there is one, or a new one.
@@ -183,8 +187,9 @@ class Stages:
         """
         Record a stage that was measured elsewhere, or that takes no time; return its id for its children.
 
-        Without times it ended now, and began `duration_ms` milliseconds before. Parent and trace are found
-        as for `stage`. What breaks EvalVault's rules is rejected by the server, counted and logged.
+        Without times it ended now, and began `duration_ms` milliseconds before; a time without an offset is taken as
+        UTC (`datetime.now().astimezone()` has one). Parent and trace are found as for `stage`. What breaks
+        EvalVault's rules is rejected by the server, counted and logged.
         """
         now_ns = clock.time_ns()
         made_id = new_stage_id(now_ns)
@@ -194,7 +199,8 @@ class Stages:
         if not recorder.enabled:
             return stage_id
         try:
-            around = parent if hasattr(parent, "_trace") else open_scope.get()
+            has_begun = issubclass(type(parent), Scope) and hasattr(parent, "_trace")
+            around = parent if has_begun else open_scope.get()
             if trace_id is not None:
                 trace_id = as_id(trace_id)
             parent_id, trace, is_root = place(around, recorder.run_id, made_id, parent_stage_id, trace_id)
@@ -239,6 +245,7 @@ class Stages:
         that breaks EvalVault's rules, which is counted as dropped (`invalid`) and logged.
         """
         ids: list[str | None] = []
+        self._recorder.make_ready()
         try:
             if isinstance(events, (StageEvent, Mapping)):
                 events = [events]  # one event, meant as a batch of one
@@ -252,7 +259,8 @@ class Stages:
         try:
             if not isinstance(event, StageEvent):
                 run_id = event.get("run_id")
-                event = StageEvent.from_dict({**event, "run_id": self._recorder.run_id if run_id is None else run_id})
+                own = self._recorder.run_id or "none"  # where nothing is recorded there may be no run
+                event = StageEvent.from_dict({**event, "run_id": own if run_id is None else run_id})
             self._recorder.record(event.to_dict())
         except Exception as error:  # noqa: BLE001 - invalid, or no event at all
             self._recorder.fault("checking a ready-made event", error, reason="invalid")

@@ -17,7 +17,7 @@ _NAMES = re.compile(
     "model|provider|language|label|predicted_label|finish_reason|type|status|kind|cancelled_by|sample_kept|traceback"
 )
 _ONE_WORD = re.compile(r"\S{1,128}")
-_FIELD_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
+_FIELD_NAME = re.compile(r"[^\W\d][\w.-]{0,63}")
 
 
 class Left:

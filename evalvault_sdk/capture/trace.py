@@ -72,6 +72,7 @@ class TraceContext(Scope):
         entry = _Entry(self, open_scope.get())
         if not self._entries:
             self._started_perf_ns = clock.perf_counter_ns()
+            self._trace.ended = False
         self._entries.add(entry)
         open_scope.set(entry)
         return self

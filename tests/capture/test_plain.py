@@ -112,7 +112,7 @@ INNER = {"name": "n", "pin": "SecretStr('**********')"}
         (np.longdouble("inf"), None),
         (np.complex128(1 + 2j), "(1+2j)"),
         (np.datetime64("2026-01-07T10:00:00"), "2026-01-07T10:00:00+00:00"),
-        (np.datetime64("NaT"), None),
+        (np.datetime64("NaT", "s"), None),
         (np.str_("x"), "x"),
         (np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]), [{"a": 1, "b": 2.5}]),
         (np.array([{"a": {1}}, None], dtype=object), [{"a": [1]}, None]),
