@@ -8,6 +8,7 @@ Nothing here raises, but for `TypeError` when something is decorated that is not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, overload
@@ -35,6 +36,8 @@ class Stages:
 
     #: Whether what is decorated while nothing is recorded may have to be recorded later.
     _may_be_enabled_later = False
+    #: Whether stages are made although nothing is recorded: for decorators that wait for that.
+    _is_dormant = False
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -94,36 +97,48 @@ class Stages:
         result, as `result` (of a stream its items, texts joined); `attributes` may be a function of a `Call`, and
         `on_result` one of the result, that return attributes. Arguments are looked at before the call.
         """
-        if not self._recorder.enabled and not self._may_be_enabled_later:
-            return stage_type if callable(stage_type) else NO_STAGE
-
-        def make() -> StageContext:
-            call = None
-            if capture_args or capture_result or on_result is not None or callable(attributes):
-                call = CallCapture(
-                    args=capture_args,
-                    result=capture_result,
-                    attributes=attributes if callable(attributes) else None,
-                    on_result=on_result,
-                )
-            return StageContext(
-                self._recorder,
-                None if callable(stage_type) else stage_type,
+        if not self._recorder.enabled and not self._is_dormant:
+            if not self._may_be_enabled_later:
+                return stage_type if callable(stage_type) else NO_STAGE
+            made = functools.partial(
+                _Dormant(self._recorder).stage,
                 stage_name=stage_name,
                 parent=parent,
                 parent_stage_id=parent_stage_id,
                 trace_id=trace_id,
                 attempt=attempt,
-                attributes=None if callable(attributes) else attributes,
+                attributes=attributes,
                 metadata=metadata,
                 input_ref=input_ref,
                 output_ref=output_ref,
-                call=call,
+                capture_args=capture_args,
+                capture_result=capture_result,
+                on_result=on_result,
             )
-
-        if callable(stage_type):
-            return make()(stage_type)
-        return make() if self._recorder.enabled else dormant(make)
+            return made(stage_type) if callable(stage_type) else dormant(functools.partial(made, stage_type))
+        call = None
+        if capture_args or capture_result or on_result is not None or callable(attributes):
+            call = CallCapture(
+                args=capture_args,
+                result=capture_result,
+                attributes=attributes if callable(attributes) else None,
+                on_result=on_result,
+            )
+        stage = StageContext(
+            self._recorder,
+            None if callable(stage_type) else stage_type,
+            stage_name=stage_name,
+            parent=parent,
+            parent_stage_id=parent_stage_id,
+            trace_id=trace_id,
+            attempt=attempt,
+            attributes=None if callable(attributes) else attributes,
+            metadata=metadata,
+            input_ref=input_ref,
+            output_ref=output_ref,
+            call=call,
+        )
+        return stage(stage_type) if callable(stage_type) else stage
 
     def trace(
         self,
@@ -266,3 +281,9 @@ class Stages:
             self._recorder.fault("checking a ready-made event", error, reason="invalid")
             return None
         return event.stage_id
+
+
+class _Dormant(Stages):
+    """Makes the stages of decorators for a recorder that is switched off for now."""
+
+    _is_dormant = True
