@@ -40,6 +40,8 @@ class _Outage:
     ended: float | None = None
     spooled: int = 0
     delivered: int = 0
+    #: Taken by who says that it is over: the thread, or whoever shuts down.
+    telling: threading.Lock = attrs.field(factory=threading.Lock)
 
 
 class Notices:
@@ -124,6 +126,8 @@ class Notices:
             return
         backlog = self._spool is not None and self._spool.has_backlog
         if backlog and not at_once and self._clock() - outage.ended < _TELL_RECOVERY_S:
+            return
+        if not outage.telling.acquire(blocking=False):
             return
         self._outage = None
         on_disk = ""

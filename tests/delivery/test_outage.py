@@ -16,7 +16,9 @@ import orjson
 import pytest
 
 from evalvault_sdk import Settings
+from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import Batch
+from evalvault_sdk.delivery.notices import Notices
 from evalvault_sdk.delivery.outbox import Outbox, open_outbox
 from evalvault_sdk.delivery.transport import Delivered, Outcome, Refused, RejectedEvent, RetryLater, TooLarge, Transport
 from tests.support import MemoryTransport, balances, wait_for
@@ -515,3 +517,31 @@ def test_a_fault_while_events_are_put_on_disk_leaves_none_in_nobody_s_hand(
     wait_for(lambda: on_disk(folder) == list(range(5)))
     destination.up = True
     assert outbox.shutdown(10).complete
+
+
+def test_two_who_say_at_once_that_an_outage_is_over_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    both = threading.Barrier(2)
+
+    class Emptied:
+        """A spool of which both find out in the same moment that it is empty."""
+
+        folder = Path("spool")
+
+        @property
+        def has_backlog(self) -> bool:
+            if threading.current_thread() in tellers:
+                both.wait(10)
+                return False
+            return True
+
+    spool: Any = Emptied()
+    tellers: list[threading.Thread] = []
+    notices = Notices("memory", Ledger(), Settings(run_id="r"), spool, time.monotonic)
+    notices.failed(RetryLater("no"), is_outage=True, since=0.0)
+    notices.recovered()
+    tellers += [threading.Thread(target=notices.tell_recovery) for _ in range(2)]
+    for teller in tellers:
+        teller.start()
+    for teller in tellers:
+        teller.join()
+    assert sum("again after" in record.getMessage() for record in caplog.records) == 1
