@@ -216,7 +216,10 @@ def test_what_is_given_to_a_decorator_is_not_copied_deeply(evalvault_stages: Rec
         def __deepcopy__(self, memo: Any) -> Any:
             raise AssertionError("copied")
 
-    @evalvault_sdk.stage("x", attributes={"index": Index(), "tags": []})
+    cycle: list[Any] = []
+    cycle.extend([cycle] * 1000)
+
+    @evalvault_sdk.stage("x", attributes={"index": Index(), "tags": [], "cycle": cycle})
     def function() -> None:
         evalvault_sdk.current_stage().attributes["tags"].append(1)
 

@@ -418,8 +418,7 @@ def as_reference(value: StagePayloadRef | Mapping[str, str]) -> Any:
 
 
 def _snapshot(given: Any) -> Any:
-    """Return a copy that shares no list or dict with what was given: calls must not see each other's appends."""
-    kind = type(given)
-    if kind is dict:
-        return {key: _snapshot(value) for key, value in given.items()}
-    return [_snapshot(value) for value in given] if kind is list else given
+    """Return a copy whose lists and dicts are not those that were given: calls must not see each other's appends."""
+    if type(given) is not dict:
+        return given
+    return {key: value.copy() if type(value) in (dict, list) else value for key, value in given.items()}
