@@ -16,8 +16,9 @@ from evalvault_sdk.builder import StageEventBuilder
 from evalvault_sdk.capture.bind import ContextThreadPoolExecutor, bind
 from evalvault_sdk.capture.call import Call
 from evalvault_sdk.capture.documents import documents
+from evalvault_sdk.capture.nostage import current_stage
 from evalvault_sdk.capture.propagate import trace_headers
-from evalvault_sdk.capture.stage import StageContext, current_stage
+from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.config import Settings
 from evalvault_sdk.default import default as _default

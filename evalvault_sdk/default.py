@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from evalvault_sdk.capture.context import Trace
+from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import NOWHERE
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.config import SettingArguments
 from evalvault_sdk.delivery.account import FlushReport, Stats

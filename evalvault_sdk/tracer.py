@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from evalvault_sdk.capture.console import Console
 from evalvault_sdk.capture.encode import Encoder
+from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.plain import Limits
 from evalvault_sdk.capture.recorder import Recorder, Sink
 from evalvault_sdk.capture.redact import Redactor
 from evalvault_sdk.capture.sample import Sampling
-from evalvault_sdk.capture.stage import NOWHERE
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.config import SettingArguments, Settings
 from evalvault_sdk.delivery.account import FlushReport, Stats

@@ -176,3 +176,14 @@ def a_courier(ledger: Ledger, spool: Spool | None = None, transport: Transport |
 def balances(stats: Any) -> bool:
     ends = stats.delivered + stats.spooled + stats.queued + stats.in_flight + stats.rejected
     return bool(stats.recorded == ends + sum(stats.dropped.values()))
+
+
+def run_script(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `script` in a process of its own, in which a warning is an error."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env={**clean_environment(), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,18 +16,7 @@ from evalvault_sdk import FolderPayloadStore, StageTracer
 from evalvault_sdk.capture import clock
 from evalvault_sdk.default import DefaultTracer
 from evalvault_sdk.testing import CapturingTransport, FakeClock, RecordedStages, record_stages
-from tests.support import clean_environment
-
-
-def run_script(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        env={**clean_environment(), **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
+from tests.support import run_script
 
 SLOW = """
 import os, signal, sys, threading, time

@@ -81,9 +81,13 @@ def _line(event: dict[str, Any], depth: int, *, colour: bool) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{value['type']}: {_short(value.get('message'))}" if "type" in value else f"{{{len(value)}}}"
+        if "type" not in value:
+            return f"{{{len(value)}}}"
+        return f"{value['type']}: {_short(value['message'])}" if value.get("message") else str(value["type"])
     if isinstance(value, list):
         return f"[{len(value)}]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     text = value if isinstance(value, str) else orjson.dumps(value).decode()
     return text if len(text) <= _VALUE else text[: _VALUE - 1] + "…"
 

@@ -9,7 +9,7 @@ Caller's thread or task. The block's exceptions pass through unchanged; ours nev
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from evalvault_sdk.capture.call import CallCapture
 from evalvault_sdk.capture.context import Scope, as_id, leave, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.propagate import current_span
-from evalvault_sdk.capture.recorder import Note, Recorder, RefusalReason
+from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import cancellation, describe_error
 from evalvault_sdk.events import StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of
@@ -218,7 +218,7 @@ class StageContext(Scope):
         recorder = self._recorder
         try:
             if error is not None:
-                self._came_to_grief(error)
+                self._tell_of(error)
             if self.status == "error":
                 recorder.fail_trace(self._trace)
             recorder.record(self._fields(elapsed_ns), self._trace)
@@ -228,7 +228,7 @@ class StageContext(Scope):
             recorder.end_trace(self._trace, elapsed_ns / 1_000_000)
         self._outer = None
 
-    def _came_to_grief(self, error: BaseException) -> None:
+    def _tell_of(self, error: BaseException) -> None:
         cancelled_by = cancellation(error)
         if cancelled_by is None:
             self.status = "error"
@@ -314,90 +314,6 @@ class StageContext(Scope):
         if self.output_ref is not None:
             fields["output_ref"] = as_reference(self.output_ref)
         return fields
-
-
-class _Nowhere:
-    """A sink for stages that nobody measures."""
-
-    closed = False
-
-    def put(self, event: bytes) -> bool:
-        return False
-
-    def refuse(self, reason: RefusalReason) -> None:
-        pass
-
-    def note(self, what: Note, count: int = 1) -> None:
-        pass
-
-
-NOWHERE = Recorder("", _Nowhere())
-
-
-class _NoStage(StageContext):
-    """What takes everything a stage does, keeps nothing and costs next to nothing: one object for all."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__(NOWHERE, "none")
-
-    #: A new one at each look: what is put in goes nowhere.
-    attributes = metadata = property(lambda _: {}, lambda _, value: None)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not hasattr(self, "_call"):  # the last that the constructor sets
-            super().__setattr__(name, value)
-
-    def __enter__(self) -> StageContext:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self, function: T) -> T:
-        return function
-
-    def set(self, /, **attributes: Any) -> None:
-        pass
-
-
-NO_STAGE: StageContext = _NoStage()
-
-
-class _Dormant(_NoStage):
-    """The same, but that what it decorates is measured once there is something to record with."""
-
-    __slots__ = ("_make",)
-
-    _make: Callable[[], StageContext]
-
-    def __init__(self, make: Callable[[], StageContext]) -> None:
-        object.__setattr__(self, "_make", make)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(NO_STAGE, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pass
-
-    def __call__(self, function: T) -> T:
-        return self._make()(function)
-
-
-def dormant(make: Callable[[], StageContext]) -> StageContext:
-    """Return what stands for the stage that `make` makes while its recorder is switched off."""
-    return _Dormant(make)
-
-
-def current_stage() -> StageContext:
-    """
-    Return the stage that this code runs in, so that code below a decorator can say what it learnt.
-
-    Where there is none (at the top of a trace, too) it is one that is recorded nowhere: the code need not ask.
-    """
-    scope = open_scope.get()
-    return scope if isinstance(scope, StageContext) else NO_STAGE
 
 
 def as_object(value: Any) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
 from evalvault_sdk.capture.context import Scope, as_id, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
+from evalvault_sdk.capture.nostage import NO_STAGE, dormant
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import NO_STAGE, StageContext, as_object, as_reference, dormant
+from evalvault_sdk.capture.stage import StageContext, as_object, as_reference
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 from evalvault_sdk.ids import new_stage_id, span_id_of

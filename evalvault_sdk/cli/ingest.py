@@ -19,9 +19,9 @@ from typing import Protocol
 import attrs
 
 from evalvault_sdk.capture.encode import Encoder
+from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.plain import Limits
 from evalvault_sdk.capture.redact import Redactor
-from evalvault_sdk.capture.stage import NOWHERE
 from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.breaker import Breaker

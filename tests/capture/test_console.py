@@ -28,12 +28,19 @@ def test_a_stage_is_a_line_below_those_inside_it_and_content_is_short() -> None:
     recorder = Recorder("run", Console(sink, stream))
     with StageContext(recorder, "request"):
         with StageContext(recorder, "retrieval", stage_name="bm25") as stage:
-            stage.set(doc_ids=["d1", "d2"], top_k=5, query="긴 질문 " * 50, nested={"a": 1}, line="a\nb\x1b[31m")
+            stage.set(
+                doc_ids=["d1", "d2"],
+                top_k=5,
+                waited_ms=10.110759,
+                query="긴 질문 " * 50,
+                nested={"a": 1},
+                line="a\nb\x1b[31m",
+            )
         with pytest.raises(ValueError, match="empty"), StageContext(recorder, "output"):
             raise ValueError("empty")
     first, second, third = printed(stream)
     assert "  retrieval (bm25) " in first
-    assert " ms  success   doc_ids=[2] top_k=5 query=긴 질문 긴 질문" in first
+    assert " ms  success   doc_ids=[2] top_k=5 waited_ms=10.11 query=긴 질문 긴 질문" in first
     assert len(first) <= 160
     assert "\x1b" not in stream.getvalue()
     assert "  output " in second

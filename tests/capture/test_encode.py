@@ -252,7 +252,7 @@ def test_another_thread_that_fills_a_dict_does_not_crash_the_interpreter() -> No
         """
         import datetime, sys, threading, time
         from evalvault_sdk.capture.encode import Encoder
-        from evalvault_sdk.capture.stage import NOWHERE
+        from evalvault_sdk.capture.nostage import NOWHERE
 
         class PythonZone(datetime.tzinfo):
             def utcoffset(self, when):

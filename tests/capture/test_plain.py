@@ -515,7 +515,7 @@ def test_threads_that_change_what_is_encoded_do_not_crash_the_interpreter(mask: 
         f"""
         import collections, random, sys, threading, time
         from evalvault_sdk.capture.encode import Encoder
-        from evalvault_sdk.capture.stage import NOWHERE
+        from evalvault_sdk.capture.nostage import NOWHERE
 
         sys.setswitchinterval(1e-6)
         shared = {{"list": [], "dict": {{}}, "set": set(), "deque": collections.deque(), "deep": {{"a": [{{}}]}}}}

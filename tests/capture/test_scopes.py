@@ -6,8 +6,6 @@ import asyncio
 import contextvars
 import functools
 import gc
-import subprocess
-import sys
 import uuid
 import weakref
 from typing import Any
@@ -20,7 +18,7 @@ from evalvault_sdk.capture.context import open_scope
 from evalvault_sdk.capture.propagate import run_hash
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stages import Stages
-from tests.support import ListSink, clean_environment
+from tests.support import ListSink, run_script
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 
@@ -256,16 +254,6 @@ def test_a_stream_without_items_has_a_count_and_a_result(tracer: Stages, sink: L
 
     assert list(stream()) == []
     assert sink.events[0]["attributes"] == {"item_count": 0, "result": [], "last": []}
-
-
-def run_script(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        env={**clean_environment(), **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def test_what_was_decorated_while_nothing_was_recorded_is_recorded_later(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,102 @@
+"""
+Stand in for a stage where nothing is recorded.
+
+In:   code that asks for the current stage where there is none, or for a stage of a tracer that is switched off.
+Out:  an object that takes everything a stage does, keeps nothing and costs next to nothing.
+Caller's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from evalvault_sdk.capture.context import open_scope
+from evalvault_sdk.capture.recorder import Note, Recorder, RefusalReason
+from evalvault_sdk.capture.stage import StageContext
+
+T = TypeVar("T")
+
+
+class _Nowhere:
+    """A sink for stages that nobody measures."""
+
+    closed = False
+
+    def put(self, event: bytes) -> bool:
+        return False
+
+    def refuse(self, reason: RefusalReason) -> None:
+        pass
+
+    def note(self, what: Note, count: int = 1) -> None:
+        pass
+
+
+NOWHERE = Recorder("", _Nowhere())
+
+
+class _NoStage(StageContext):
+    """What takes everything a stage does, keeps nothing and costs next to nothing: one object for all."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(NOWHERE, "none")
+
+    #: A new one at each look: what is put in goes nowhere.
+    attributes = metadata = property(lambda _: {}, lambda _, value: None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(self, "_call"):  # the last that the constructor sets
+            super().__setattr__(name, value)
+
+    def __enter__(self) -> StageContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, function: T) -> T:
+        return function
+
+    def set(self, /, **attributes: Any) -> None:
+        pass
+
+
+NO_STAGE: StageContext = _NoStage()
+
+
+class _Dormant(_NoStage):
+    """The same, but that what it decorates is measured once there is something to record with."""
+
+    __slots__ = ("_make",)
+
+    _make: Callable[[], StageContext]
+
+    def __init__(self, make: Callable[[], StageContext]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(NO_STAGE, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __call__(self, function: T) -> T:
+        return self._make()(function)
+
+
+def dormant(make: Callable[[], StageContext]) -> StageContext:
+    """Return what stands for the stage that `make` makes while its recorder is switched off."""
+    return _Dormant(make)
+
+
+def current_stage() -> StageContext:
+    """
+    Return the stage that this code runs in, so that code below a decorator can say what it learnt.
+
+    Where there is none (at the top of a trace, too) it is one that is recorded nowhere: the code need not ask.
+    """
+    scope = open_scope.get()
+    return scope if isinstance(scope, StageContext) else NO_STAGE
