@@ -6,6 +6,7 @@ Every error this package raises, as one tree::
     ├── InvalidStageEventError    (ValueError)   an event breaks EvalVault's rules: which field, and how
     ├── MissingDependencyError    (ImportError)  an extra is not installed: how to install it
     ├── StoreError                               the server's database failed
+    ├── UnsupportedError                         this kind of database cannot do that
     └── RunNotFoundError          (LookupError)  there are no events of a run
 
 The first three meet you at construction. Recording (`stage`, `record_stage`, `record_batch`, `flush`,
@@ -56,6 +57,10 @@ class MissingDependencyError(EvalVaultError, ImportError):
 
 class StoreError(EvalVaultError):
     """The server's database failed; the same request may succeed later."""
+
+
+class UnsupportedError(EvalVaultError):
+    """The server's database is of a kind that cannot do what is asked; the message says what can."""
 
 
 class RunNotFoundError(EvalVaultError, LookupError):

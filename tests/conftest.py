@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import Postgres, running_postgres
 from tests.support import LiveServer, live_server
 
 
@@ -23,4 +24,11 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server in a process of its own, shared by all tests: each uses runs of its own."""
     with live_server(tmp_path_factory.mktemp("server") / "events.db") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL in processes of its own, shared by all tests: each uses databases of its own."""
+    with running_postgres() as running:
         yield running

@@ -35,6 +35,9 @@ ONLY_IN = {
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
     "prometheus_client": {"integrations/prometheus.py"},
+    "psycopg": {"server/store/postgres.py"},
+    "psycopg_pool": {"server/store/postgres.py"},
+    "evalvault": {"server/store/evalvault.py"},
     "tenacity": {"delivery/breaker.py"},
     "pytest": {"pytest_plugin.py"},
     "requests": {

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from evalvault_sdk import __version__
 from evalvault_sdk.cli import draw, spool
 from evalvault_sdk.cli.draw import plain
-from evalvault_sdk.cli.ingest import FileTarget, ServerTarget, ingest_file
-from evalvault_sdk.cli.source import FileSource, ServerSource, Source
+from evalvault_sdk.cli.ingest import DatabaseTarget, ServerTarget, ingest_file
+from evalvault_sdk.cli.source import DatabaseSource, ServerSource, Source
 from evalvault_sdk.errors import EvalVaultError
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ _Force = Annotated[
     bool, typer.Option("--force", help="Also on a file system without locks: no service may be writing there.")
 ]
 _DeadLetter = Annotated[bool, typer.Option("--dead-letter", help="Of what the server refused, instead.")]
-_Db = Annotated[str | None, typer.Option(help="A database file, instead of a server.")]
+_Db = Annotated[str | None, typer.Option(help="A database, instead of a server: a file, or postgresql://...")]
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def ingest(
 ) -> None:
     """Send a file of events to a server, or into a database file."""
     with _clear_errors():
-        target = FileTarget(db) if db else ServerTarget(url, token)
+        target = DatabaseTarget(db) if db else ServerTarget(url, token)
         with _progress("Sending", file.stat().st_size) as advance:
             tally = ingest_file(file, target, advance)
         console.print(f"{tally.stored:,} events stored, {len(tally.refused):,} refused", highlight=False)
@@ -151,7 +151,7 @@ def show(
     with _clear_errors():
         if not run_id.isprintable():
             raise EvalVaultError("the run id is no readable text")
-        source: Source = FileSource(db) if db else ServerSource(url, token)
+        source: Source = DatabaseSource(db) if db else ServerSource(url, token)
         draw.draw_stage_types(console, source.summary(run_id))
         report = source.debug(run_id)
         trace_id = trace or report["run_summary"]["slowest_trace_id"]

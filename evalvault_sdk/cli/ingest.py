@@ -96,16 +96,16 @@ class ServerTarget:
         return outcome
 
 
-class FileTarget:
-    """A database file."""
+class DatabaseTarget:
+    """A database."""
 
-    def __init__(self, path: str) -> None:
-        self._store = open_store(path)
+    def __init__(self, address: str) -> None:
+        self._store = open_store(address)
 
     def store(self, events: list[StageEvent]) -> tuple[RejectedEvent, ...]:
         """Store `events` in one transaction."""
-        self._store.save(events)
-        return ()
+        refused = self._store.save(events)
+        return tuple(RejectedEvent(index, why) for index, why in refused.items())
 
 
 def ingest_file(path: Path, target: Target, on_progress: Callable[[int], None]) -> Tally:

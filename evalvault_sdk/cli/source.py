@@ -90,14 +90,15 @@ class ServerSource:
         return answer
 
 
-class FileSource:
-    """A database file, of ours or of EvalVault's."""
+class DatabaseSource:
+    """A database, of ours or of EvalVault's."""
 
-    def __init__(self, path: str) -> None:
-        if not Path(path).is_file():
-            raise EvalVaultError(f"there is no database file {path}")
-        self.address = path
-        self._reader = RunReader(open_store(path, read_only=True))
+    def __init__(self, address: str) -> None:
+        if ":" not in address and not Path(address).is_file():
+            raise EvalVaultError(f"there is no database file {address}")
+        store = open_store(address, read_only=True)
+        self.address = store.address
+        self._reader = RunReader(store)
 
     def summary(self, run_id: str) -> dict[str, Any]:
         """Return the summary with `stage_types`."""

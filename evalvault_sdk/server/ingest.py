@@ -63,7 +63,25 @@ class Submission:
     """What a body holds, judged event by event."""
 
     events: Sequence[StageEvent]
+    #: Where each of `events` stood in the body.
+    places: Sequence[int]
+    #: `{"index", "stage_id", "error", "details"}` of each event that is refused.
     rejected: Sequence[Mapping[str, Any]]
+
+    def without(self, refused: Mapping[int, str]) -> Submission:
+        """Return what is left after the store has refused some of `events`, by their index."""
+        if not refused:
+            return self
+        kept = [index for index in range(len(self.events)) if index not in refused]
+        rejected = [
+            *self.rejected,
+            *(_rejection(self.places[index], self.events[index].stage_id, why) for index, why in refused.items()),
+        ]
+        return Submission(
+            events=[self.events[index] for index in kept],
+            places=[self.places[index] for index in kept],
+            rejected=sorted(rejected, key=lambda entry: entry["index"]),
+        )
 
     def answer(self) -> tuple[int, dict[str, Any]]:
         """Return status and body of the answer, once `events` are stored."""
@@ -178,22 +196,21 @@ def _events_in(value: Any, limits: IngestLimits) -> list[Any]:
 def judge(payloads: Sequence[Any], *, odd: bool = False) -> Submission:
     """Return the verdict on each of `payloads`; `odd` is what `parse_json` said of them."""
     events: list[StageEvent] = []
+    places: list[int] = []
     rejected: list[dict[str, Any]] = []
     for index, payload in enumerate(payloads):
         try:
             if odd:
                 _check_storable(payload, "event")
             events.append(StageEvent.from_dict(payload))
+            places.append(index)
         except InvalidStageEventError as error:
-            rejected.append(
-                {
-                    "index": index,
-                    "stage_id": _readable_id(payload),
-                    "error": "Invalid stage event",
-                    "details": str(error),
-                }
-            )
-    return Submission(events=events, rejected=rejected)
+            rejected.append(_rejection(index, _readable_id(payload), str(error)))
+    return Submission(events=events, places=places, rejected=rejected)
+
+
+def _rejection(index: int, stage_id: str | None, details: str) -> dict[str, Any]:
+    return {"index": index, "stage_id": stage_id, "error": "Invalid stage event", "details": details}
 
 
 def _readable_id(payload: Any) -> str | None:

@@ -12,10 +12,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from evalvault_sdk.errors import RunNotFoundError
-from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server import report, summary
 from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS, StageMetric, metrics_of
-from evalvault_sdk.server.store.base import Store
+from evalvault_sdk.server.store.base import EventFilter, Store, StoredEvent
 
 
 class RunReader:
@@ -34,12 +33,12 @@ class RunReader:
 
     def events(self, run_id: str, *, stage_type: str | None, trace_id: str | None, limit: int) -> dict[str, Any]:
         """Return `{"run_id", "events", "total", "returned"}`. Raises `RunNotFoundError`."""
+        which = EventFilter(stage_type=stage_type, trace_id=trace_id)
         with self._store.snapshot() as view:
-            total = view.count(run_id, stage_type=stage_type, trace_id=trace_id)
+            total = view.count(run_id, which)
             if not total and not view.count(run_id):
                 raise RunNotFoundError(run_id)
-            found = view.events(run_id, stage_type=stage_type, trace_id=trace_id, limit=limit)
-            events = [event.to_dict() for event in found]
+            events = [stored.event.to_dict() for stored in view.events(run_id, which, limit=limit)]
         return {"run_id": run_id, "events": events, "total": total, "returned": len(events)}
 
     def metrics(self, run_id: str, *, stage_id: str | None, metric_name: str | None, limit: int) -> dict[str, Any]:
@@ -48,7 +47,7 @@ class RunReader:
         with self._store.snapshot() as view:
             if not view.count(run_id):
                 raise RunNotFoundError(run_id)
-            for metric in self._metrics(view.events(run_id, stage_id=stage_id)):
+            for metric in self._metrics(view.events(run_id, EventFilter(stage_id=stage_id))):
                 if metric_name in (None, metric.metric_name):
                     total += 1
                     if total <= limit:
@@ -79,6 +78,6 @@ class RunReader:
                 max_metrics=limit,
             )
 
-    def _metrics(self, events: Iterable[StageEvent]) -> Iterator[StageMetric]:
-        for event in events:
-            yield from metrics_of(event, thresholds=self._thresholds, relevance=self._relevance)
+    def _metrics(self, events: Iterable[StoredEvent]) -> Iterator[StageMetric]:
+        for stored in events:
+            yield from metrics_of(stored.event, thresholds=self._thresholds, relevance=self._relevance)

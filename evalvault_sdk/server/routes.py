@@ -128,7 +128,7 @@ def create_router(
     def take(body: bytes, content_encoding: str | None) -> tuple[int, dict[str, Any]]:
         submission = read_submission(body, content_encoding=content_encoding, limits=limits)
         if submission.events:
-            store.save(submission.events)
+            submission = submission.without(store.save(submission.events))
         return submission.answer()
 
     @router.post("/events", openapi_extra=openapi.POST_EVENTS, responses=openapi.POST_EVENTS_RESPONSES)

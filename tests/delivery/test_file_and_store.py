@@ -55,7 +55,7 @@ def test_events_go_into_a_database_without_a_server(tmp_path: Path) -> None:
         assert repr(tracer) == f"StageTracer(run_id='r', destination='{path}')"
     store = open_store(str(path), read_only=True)
     with store.snapshot() as view:
-        child, root = view.events("r")
+        child, root = (stored.event for stored in view.events("r"))
     assert child.parent_stage_id == root.stage_id
     store.close()
 
@@ -155,7 +155,7 @@ def test_forked_children_write_beside_their_parent(tmp_path: Path, setting: str)
     if setting == "db_path":
         store = open_store(str(path), read_only=True)
         with store.snapshot() as view:
-            kinds = sorted(event.stage_type for event in view.events("r"))
+            kinds = sorted(stored.event.stage_type for stored in view.events("r"))
         store.close()
     else:
         kinds = sorted(event["stage_type"] for event in lines(path))

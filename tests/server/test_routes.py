@@ -514,9 +514,9 @@ def test_sigkill_under_load_costs_nothing_that_was_acknowledged(tmp_path: Path, 
 
 def test_a_slow_database_does_not_hold_up_the_event_loop(tmp_path: Path, run: str) -> None:
     class Slow(SQLiteStore):
-        def save(self, events: Any) -> None:
+        def save(self, events: Any) -> Any:
             time.sleep(2)
-            super().save(events)
+            return super().save(events)
 
     store = Slow(tmp_path / "x.db")
     app = create_app(store=store)

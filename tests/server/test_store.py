@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-import sqlite3
-import stat
 import threading
-import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from evalvault_sdk import ConfigurationError, StageEvent, StagePayloadRef
-from evalvault_sdk.errors import StoreError
-from evalvault_sdk.server.store import SQLiteStore, Store, open_store
+from evalvault_sdk import StageEvent, StagePayloadRef
+from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.store import EventFilter, MemoryStore, Store, StoredEvent, open_store
+from tests.server.stores import NOON, event, now
 
-NOON = datetime(2026, 1, 7, 12, tzinfo=timezone.utc)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "events.db"
+KINDS = ("memory", "sqlite", "postgres")
 
 
-@pytest.fixture
-def store(path: Path) -> Iterator[Store]:
-    opened = open_store(str(path))
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    opened: Store
+    if request.param == "memory":
+        opened = MemoryStore()
+    elif request.param == "sqlite":
+        opened = open_store(str(tmp_path / "events.db"))
+    else:
+        opened = open_store(request.getfixturevalue("postgres").new_database())
     yield opened
     opened.close()
 
 
-def now(store: Store) -> Any:
-    """Ask a new snapshot one question; what it yields is listed before the snapshot ends."""
-
-    class Ask:
-        def __getattr__(self, question: str) -> Any:
-            def ask(*values: Any, **named: Any) -> Any:
-                with store.snapshot() as view:
-                    answer = getattr(view, question)(*values, **named)
-                    return list(answer) if isinstance(answer, Iterator) else answer
-
-            return ask
-
-    return Ask()
+def events_of(store: Store, run_id: str = "r", **which: object) -> list[StageEvent]:
+    return [stored.event for stored in now(store).events(run_id, EventFilter(**which))]  # type: ignore[arg-type]
 
 
-def event(number: int = 0, **fields: Any) -> StageEvent:
-    return StageEvent(**{"run_id": "r", "stage_type": "x", "stage_id": f"s{number}", **fields})
+def ids_of(stored: list[StoredEvent]) -> list[str]:
+    return [entry.event.stage_id for entry in stored]
+
+
+def same(found: StageEvent, sent: StageEvent) -> bool:
+    """Equal, times as instants: PostgreSQL does not keep an offset."""
+    return found == sent and (found.started_at, found.finished_at) == (sent.started_at, sent.finished_at)
 
 
 def test_what_is_stored_comes_back_field_by_field(store: Store) -> None:
@@ -70,13 +61,13 @@ def test_what_is_stored_comes_back_field_by_field(store: Store) -> None:
     )
     minimal = event(1)
     store.save([full, minimal])
-    assert list(now(store).events("r")) == [full, minimal]
+    assert events_of(store) == [full, minimal]
 
 
 def test_storing_again_replaces_and_keeps_the_place(store: Store) -> None:
     store.save([event(1), event(2)])
     store.save([event(1, attributes={"new": 1})])
-    assert [(e.stage_id, e.attributes) for e in now(store).events("r")] == [("s1", {"new": 1}), ("s2", {})]
+    assert [(e.stage_id, e.attributes) for e in events_of(store)] == [("s1", {"new": 1}), ("s2", {})]
 
 
 def test_the_same_stage_id_in_two_runs_is_two_events(store: Store) -> None:
@@ -86,16 +77,16 @@ def test_the_same_stage_id_in_two_runs_is_two_events(store: Store) -> None:
 
 def test_the_last_of_equal_ids_in_one_batch_wins(store: Store) -> None:
     store.save([event(1, status="first"), event(1, status="second")])
-    assert [e.status for e in now(store).events("r")] == ["second"]
+    assert [e.status for e in events_of(store)] == ["second"]
 
 
 def test_events_are_found_by_type_and_trace_and_limited(store: Store) -> None:
     store.save([event(n, stage_type="ab"[n % 2], trace_id=f"t{n % 3}") for n in range(12)])
-    assert [e.stage_id for e in now(store).events("r", stage_type="a")] == ["s0", "s2", "s4", "s6", "s8", "s10"]
-    assert [e.stage_id for e in now(store).events("r", stage_type="a", trace_id="t0")] == ["s0", "s6"]
-    assert [e.stage_id for e in now(store).events("r", limit=2)] == ["s0", "s1"]
+    assert [e.stage_id for e in events_of(store, stage_type="a")] == ["s0", "s2", "s4", "s6", "s8", "s10"]
+    assert [e.stage_id for e in events_of(store, stage_type="a", trace_id="t0")] == ["s0", "s6"]
+    assert ids_of(now(store).events("r", limit=2)) == ["s0", "s1"]
     assert now(store).count("r") == 12
-    assert now(store).count("r", stage_type="b", trace_id="t1") == 2
+    assert now(store).count("r", EventFilter(stage_type="b", trace_id="t1")) == 2
     assert list(now(store).events("nobody")) == []
 
 
@@ -142,16 +133,6 @@ def test_the_run_spans_first_start_to_last_finish_whatever_the_offsets(store: St
     assert nobody.slowest_trace_id is None
 
 
-def test_a_batch_is_stored_whole_or_not_at_all(store: Store) -> None:
-    unstorable = event(2)
-    object.__setattr__(unstorable, "attempt", 2**70)
-    with pytest.raises((StoreError, OverflowError)):
-        store.save([event(1), unstorable])
-    assert now(store).count("r") == 0
-    store.save([event(1)])
-    assert now(store).count("r") == 1
-
-
 def test_threads_may_save_and_read_at_once(store: Store) -> None:
     faults: list[BaseException] = []
 
@@ -173,117 +154,6 @@ def test_threads_may_save_and_read_at_once(store: Store) -> None:
     assert now(store).count("r") == 4 * 20 * 10
 
 
-# -- what is SQLite's own
-
-
-def test_the_file_is_for_its_owner_only(store: Store, path: Path) -> None:
-    store.save([event()])
-    for file in path.parent.iterdir():
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
-
-
-def test_what_is_answered_for_is_on_the_disk(store: SQLiteStore) -> None:
-    assert store._writer is not None
-    assert store._writer.execute("PRAGMA synchronous").fetchone() == (2,), "FULL: a power cut costs nothing"
-    assert store._writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-
-
-def test_the_tables_are_evalvaults(store: Store, path: Path) -> None:
-    store.save([event(started_at=NOON, attributes={"한": 1}, input_ref=StagePayloadRef("s", "i"))])
-    with sqlite3.connect(path) as db:
-        columns = [row[1] for row in db.execute("PRAGMA table_info(stage_events)")]
-        row = db.execute("SELECT started_at, attributes, metadata, input_ref, attempt FROM stage_events").fetchone()
-        indexes = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
-        metrics = [row[1] for row in db.execute("PRAGMA table_info(stage_metrics)")]
-    db.close()
-    assert columns == [
-        "id",
-        "run_id",
-        "stage_id",
-        "parent_stage_id",
-        "stage_type",
-        "stage_name",
-        "status",
-        "attempt",
-        "started_at",
-        "finished_at",
-        "duration_ms",
-        "input_ref",
-        "output_ref",
-        "attributes",
-        "metadata",
-        "trace_id",
-        "span_id",
-    ]
-    assert row == ("2026-01-07T12:00:00+00:00", '{"한":1}', "{}", '{"store":"s","id":"i","type":"json"}', 1)
-    assert {"idx_stage_events_run_stage_id", "idx_stage_events_run_id", "idx_stage_events_stage_type"} <= indexes
-    assert metrics == ["id", "run_id", "stage_id", "metric_name", "score", "threshold", "evidence"]
-
-
-def test_a_file_that_evalvault_wrote_is_served_row_by_row_even_where_it_is_laxer(path: Path) -> None:
-    SQLiteStore(path).close()
-    rows = [
-        # Naive times, as EvalVault writes them; NaN, as Python's json does; an order of times nobody checked.
-        ("s1", "2026-01-04T16:15:49.330303", "2026-01-04T16:16:22.376524", '{"n": NaN}', "success", 1),
-        ("s2", "2026-01-04T16:16:22", "2026-01-04T16:15:49", "{}", None, None),
-        ("s3", "not a time", None, "not json", "", 0),
-    ]
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE evalvault_sdk_schema")
-        db.executemany(
-            "INSERT INTO stage_events (run_id, stage_type, stage_id, started_at, finished_at, attributes, status, "
-            "attempt) VALUES ('r', 'x', ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
-    db.close()
-    store = open_store(str(path))
-    first, second, third = now(store).events("r")
-    assert first.started_at == datetime(2026, 1, 4, 16, 15, 49, 330303, tzinfo=timezone.utc)
-    assert (second.stage_id, second.finished_at, second.status) == ("s2", None, "success")
-    assert (third.stage_id, third.started_at, third.attempt) == ("s3", None, 1)
-    assert third.attributes == {"unreadable": "not json"}
-    assert now(store).run_totals("r").events == 3
-    store.close()
-
-
-def test_a_file_can_be_opened_again_and_by_two_at_once(path: Path) -> None:
-    first = open_store(str(path))
-    first.save([event(1)])
-    second = open_store(f"sqlite://{path}")
-    second.save([event(2)])
-    assert now(first).count("r") == now(second).count("r") == 2
-    first.close()
-    second.close()
-
-
-def test_what_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no/such/folder"):
-        open_store(str(tmp_path / "no/such/folder/x.db"))
-    text = tmp_path / "text.db"
-    text.write_text("this is no database, but it is long enough to be taken for one" * 20)
-    with pytest.raises(StoreError, match="not a database"):
-        open_store(str(text))
-    for address in ("redis://localhost", ":memory:", "sqlite://", ""):
-        with pytest.raises(ConfigurationError, match="give the path of a file"):
-            open_store(address)
-
-
-def test_a_locked_file_is_an_error_after_a_while_and_works_again_later(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("evalvault_sdk.server.store.sqlite._BUSY_TIMEOUT_S", 0.1)
-    store = open_store(str(path))
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StoreError, match="locked"):
-        store.save([event()])
-    other.execute("ROLLBACK")
-    other.close()
-    store.save([event()])
-    assert now(store).count("r") == 1
-    store.close()
-
-
 def test_a_snapshot_does_not_change_while_it_is_read(store: Store) -> None:
     store.save([event(1)])
     with store.snapshot() as view:
@@ -296,83 +166,155 @@ def test_a_snapshot_does_not_change_while_it_is_read(store: Store) -> None:
 
 def test_one_stage_is_found_by_its_id(store: Store) -> None:
     store.save([event(1), event(2)])
-    assert [e.stage_id for e in now(store).events("r", stage_id="s2")] == ["s2"]
+    assert [e.stage_id for e in events_of(store, stage_id="s2")] == ["s2"]
 
 
-def test_writing_waits_for_a_lock_no_longer_than_reading_can_bear(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evalvault_sdk.server.store.sqlite._BUSY_TIMEOUT_S", 1.0)
-    store = open_store(str(path))
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    errors: list[StoreError] = []
-
-    def save() -> None:
-        try:
-            store.save([event()])
-        except StoreError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=save) for _ in range(10)]
-    started = time.monotonic()
-    for thread in threads:
-        thread.start()
-    assert now(store).count("r") == 0, "reading does not wait for writing"
-    assert time.monotonic() - started < 0.9
-    for thread in threads:
-        thread.join()
-    assert time.monotonic() - started < 5, "they do not queue up one timeout behind the other"
-    assert len(errors) == 10
-    other.close()
-    store.close()
+def test_pages_go_on_from_a_place(store: Store) -> None:
+    store.save([event(n, status="error" if n % 3 == 0 else "success") for n in range(10)])
+    first = now(store).events("r", limit=4)
+    store.save([event(1, attributes={"again": True}), event(10)])
+    second = now(store).events("r", after=first[-1].place, limit=4)
+    third = now(store).events("r", after=second[-1].place, limit=4)
+    assert ids_of(first + second + third) == [f"s{n}" for n in range(11)]
+    assert [e.stage_id for e in events_of(store, status="error")] == ["s0", "s3", "s6", "s9"]
 
 
-def test_a_file_that_is_taken_away_is_an_error_and_does_not_come_back(store: Store, path: Path) -> None:
-    store.save([event()])
-    for file in list(path.parent.iterdir()):
-        file.unlink()
-    with pytest.raises(StoreError):
-        store.save([event()])
-    with pytest.raises(StoreError):
-        now(store).count("r")
-    assert not path.exists()
-    path.write_bytes(b"")
-    with pytest.raises(StoreError, match="replaced"):
-        store.save([event()])
+def test_since_compares_instants_whatever_the_offsets(store: Store) -> None:
+    seoul = timezone(timedelta(hours=9))
+    store.save(
+        [
+            event(1, started_at=(NOON - timedelta(milliseconds=1)).astimezone(seoul)),
+            event(2, started_at=NOON),
+            event(3, finished_at=(NOON + timedelta(seconds=1)).astimezone(seoul)),
+            event(4),
+        ]
+    )
+    assert [e.stage_id for e in events_of(store, since=NOON.astimezone(seoul))] == ["s2", "s3"]
 
 
-def test_looking_at_a_file_changes_nothing(path: Path) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute((files("evalvault_sdk.server.store") / "sql/sqlite_0001_stage_tables.sql").read_text().split(";")[0])
-        db.execute("INSERT INTO stage_events (run_id, stage_type, stage_id) VALUES ('r', 'x', 's')")
-    db.close()
-    before = path.read_bytes()
-    store = open_store(str(path), read_only=True)
-    assert now(store).count("r") == 1
-    with pytest.raises(StoreError, match="reading only"):
-        store.save([event()])
-    store.close()
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+def test_runs_are_listed_the_newest_first_in_pages_and_by_prefix(store: Store) -> None:
+    for number, run_id in enumerate(["prod-a", "dev-b", "prod-c", "prod-d"]):
+        store.save(
+            [
+                event(1, run_id=run_id, started_at=NOON, status="error"),
+                event(2, run_id=run_id, started_at=NOON, finished_at=NOON + timedelta(seconds=number)),
+            ]
+        )
+    store.save([event(3, run_id="prod-a", status="error")])
+    first = now(store).runs(prefixes=[""], before=None, limit=3)
+    assert [entry.run_id for entry in first] == ["prod-a", "prod-d", "prod-c"]
+    assert (first[0].events, first[0].errors, first[0].last_event_at) == (3, 2, None)
+    assert (first[1].events, first[1].errors) == (2, 1)
+    assert (first[1].first_event_at, first[1].last_event_at) == (NOON, NOON + timedelta(seconds=3))
+    rest = now(store).runs(prefixes=[""], before=first[-1].last_place, limit=3)
+    assert [entry.run_id for entry in rest] == ["dev-b"]
+    ours = now(store).runs(prefixes=["prod-", "x"], before=None, limit=10)
+    assert [entry.run_id for entry in ours] == ["prod-a", "prod-d", "prod-c"]
+    assert now(store).runs(prefixes=["x"], before=None, limit=10) == []
 
 
-def test_looking_at_another_programs_file_is_an_error(path: Path) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE t (x)")
-    db.close()
-    with pytest.raises(StoreError, match="no database of EvalVault's"):
-        open_store(str(path), read_only=True)
+def test_traces_are_listed_the_newest_first_each_once(store: Store) -> None:
+    store.save([event(n, trace_id=f"t{n % 4}", status="error" if n % 4 == 1 else "success") for n in range(20)])
+    store.save([event(20, trace_id="t0"), event(21), event(22, run_id="other", trace_id="t1")])
+    found = now(store).traces("r", status=None, before=None, limit=3)
+    assert [trace for _, trace in found] == ["t0", "t3", "t2"]
+    rest = now(store).traces("r", status=None, before=found[-1][0], limit=3)
+    assert [trace for _, trace in rest] == ["t1"]
+    assert [trace for _, trace in now(store).traces("r", status="error", before=None, limit=3)] == ["t1"]
 
 
-def test_values_that_cannot_be_answered_are_served_as_text(path: Path) -> None:
-    open_store(str(path)).close()
-    texts = ['{"n": 123456789012345678901234567890}', '{"s": "\\ud800"}', '{"d": ' + "[" * 300 + "]" * 300 + "}"]
-    with sqlite3.connect(path) as db:
-        for number, text in enumerate(texts):
-            db.execute(
-                "INSERT INTO stage_events (run_id, stage_type, stage_id, attributes) VALUES ('r', 'x', ?, ?)",
-                (number, text),
-            )
-    db.close()
-    store = open_store(str(path))
-    assert [e.attributes for e in now(store).events("r")] == [{"unreadable": text} for text in texts]
-    store.close()
+def test_the_tail_yields_what_is_stored_after_a_place_once(store: Store) -> None:
+    nothing, start = store.tail(None, run_id=None, limit=10)
+    assert nothing == []
+    store.save([event(1), event(2, run_id="other"), event(3)])
+    store.save([event(1, status="again")])
+    page, place = store.tail(start, run_id=None, limit=2)
+    assert ids_of(page) == ["s1", "s2"]
+    rest, end = store.tail(place, run_id=None, limit=2)
+    assert ids_of(rest) == ["s3"]
+    assert store.tail(end, run_id=None, limit=2) == ([], end)
+    assert ids_of(store.tail(start, run_id="other", limit=5)[0]) == ["s2"]
+    store.save([event(4)])
+    assert ids_of(store.tail(end, run_id="r", limit=5)[0]) == ["s4"]
+
+
+def test_a_deleted_run_is_gone_with_its_metrics_and_nothing_else_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evalvault_sdk.server.store.sql_store._STEP", 4)
+    store.save([event(n) for n in range(10)] + [event(1, run_id="other")])
+    store.save_metrics([StageMetric("r", "s1", "x.n", 1.0), StageMetric("other", "s1", "x.n", 2.0)])
+    assert store.delete_run("r") == 10
+    assert (now(store).count("r"), now(store).count("other")) == (0, 1)
+    assert (now(store).metrics("r"), len(now(store).metrics("other"))) == ([], 1)
+    assert store.delete_run("r") == 0
+
+
+def test_a_run_is_trimmed_to_its_newest_events(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalvault_sdk.server.store.sql_store._STEP", 4)
+    store.save([event(n) for n in range(10)])
+    store.save_metrics([StageMetric("r", "s1", "x.n", 1.0), StageMetric("r", "s9", "x.n", 1.0)])
+    assert store.trim_run("r", 3) == 7
+    assert [e.stage_id for e in events_of(store)] == ["s7", "s8", "s9"]
+    assert [metric.stage_id for metric in now(store).metrics("r")] == ["s9"]
+    assert store.trim_run("r", 3) == 0
+
+
+def test_a_sweep_deletes_what_is_old_page_by_page(store: Store) -> None:
+    old, new = NOON - timedelta(days=1), NOON + timedelta(days=1)
+    store.save(
+        [
+            event(0),  # without a time: goes with the old one behind it
+            event(1, finished_at=old),
+            event(2, started_at=new),
+            event(3, started_at=old, finished_at=new),
+            event(4, started_at=old),
+            event(5),  # nothing old behind it
+        ]
+    )
+    place: int | None = 0
+    deleted = []
+    while place is not None:
+        place, count = store.sweep(place, older_than=NOON, limit=3)
+        deleted.append(count)
+    assert sum(deleted) == 3
+    assert [e.stage_id for e in events_of(store)] == ["s2", "s3", "s5"]
+
+
+def test_stored_metrics_replace_their_like(store: Store) -> None:
+    first = StageMetric("r", "s1", "retrieval.recall_at_k", 0.5, 0.6, {"k": 3})
+    store.save_metrics([first, StageMetric("r", "s2", "x.n", 1e300)])
+    store.save_metrics([StageMetric("r", "s1", "retrieval.recall_at_k", 0.75, None, None)])
+    assert now(store).metrics("r", stage_id="s1") == [StageMetric("r", "s1", "retrieval.recall_at_k", 0.75)]
+    assert now(store).metrics("r", metric_name="x.n") == [StageMetric("r", "s2", "x.n", 1e300)]
+    assert len(now(store).metrics("r")) == 2
+
+
+def test_odd_but_valid_values_come_back_as_they_were(store: Store) -> None:
+    odd = event(
+        1,
+        run_id="실행 1/2:x",
+        stage_type="a.b",
+        attributes={
+            "": "",
+            "nul": "a\x00b",
+            "huge": 1e300,
+            "tiny": 5e-324,
+            "whole": 1e22,
+            "n": -0.0,
+            "i": 2**63,
+            "z": {"b": 1, "a": 2},
+            "lines": "a\tb\nc\\N\\.",
+        },
+        started_at=datetime(1, 1, 2, tzinfo=timezone.utc),
+        finished_at=datetime(9999, 12, 30, 23, 59, 59, 999999, tzinfo=timezone.utc),
+        duration_ms=1.7e308,
+    )
+    assert store.save([odd]) == {}
+    (found,) = events_of(store, "실행 1/2:x")
+    assert found == odd
+    assert str(found.attributes) == str(odd.attributes), "types and order too"
+
+
+def test_a_check_passes_while_the_store_can_be_reached(store: Store) -> None:
+    store.check()

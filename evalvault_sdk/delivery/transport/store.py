@@ -41,7 +41,7 @@ class StoreTransport:
             if self._store is None:
                 self._store = open_store(self.destination)
             if submission.events:
-                self._store.save(submission.events)
+                submission = submission.without(self._store.save(submission.events))
         except StoreError as error:
             return RetryLater(str(error), advice="check the file's folder, its rights, and who else writes to it")
         return Delivered(tuple(RejectedEvent(entry["index"], entry["details"]) for entry in submission.rejected))

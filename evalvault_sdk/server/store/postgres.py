@@ -1,0 +1,336 @@
+"""
+Keep events in PostgreSQL, for more than one server process or machine.
+
+In:   batches from any thread of any number of identical processes.
+Out:  rows as `StageEvent`s, read in transactions that see one instant.
+
+A batch is copied into a temporary table and merged from there: the fastest way in that can also replace.
+`save` returns after the commit, and sees to it that a commit waits for the disk. Works behind a pooler that
+gives a connection per transaction: nothing is prepared, nothing is kept in a session but that table, which
+is made where it is missing.
+
+On a database that EvalVault made, runs are UUIDs and must be in its table `evaluation_runs`: events of
+others are refused one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timezone
+from typing import Any
+
+from evalvault_sdk.errors import ConfigurationError, MissingDependencyError, StoreError
+from evalvault_sdk.events import StageEvent
+from evalvault_sdk.server.store.rows import COLUMNS, row_of
+from evalvault_sdk.server.store.sql_snapshot import Dialect, SqlSnapshot, load_sql
+from evalvault_sdk.server.store.sql_store import SqlStore, Writing
+
+try:
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+    from psycopg_pool import ConnectionPool
+except ImportError as missing:
+    raise MissingDependencyError.for_extra("a PostgreSQL database", "postgres", missing) from missing
+
+_Connection = psycopg.Connection[tuple[Any, ...]]
+
+#: Numbered files of schema changes, applied in order, each once.
+_SCHEMA = ("postgres_0001_stage_tables.sql", "postgres_0002_reading_indexes.sql")
+#: Held while they are applied: many processes may start on one new database. The number is only ours.
+_SCHEMA_LOCK = 7_308_325_127_064_912
+_STAGING = load_sql("postgres_staging.sql")
+_COPY = f"COPY evalvault_sdk_staging (ordinal, {', '.join(COLUMNS)}) FROM STDIN"
+#: Connections of one process: some threads save, more read.
+_WRITERS = 4
+_CONNECTIONS = _WRITERS + 8
+#: Seconds to wait for a connection, and for an answer.
+_CONNECT_TIMEOUT_S = 5
+_STATEMENT_TIMEOUT_S = 60
+_LOCK_TIMEOUT_S = 10
+#: Batches that hold each other up (both resend the same events, in another order) are tried again.
+_DEADLOCK_TRIES = 6
+#: Rows that come over at a time.
+_FETCH = 1_000
+_NO_RUN = str(uuid.UUID(int=0))
+_JSON_COLUMNS = {"input_ref", "output_ref", "attributes", "metadata"}
+_TEXT_COLUMNS = _JSON_COLUMNS | {"run_id", "started_at", "finished_at"}
+_PARAMETER = re.compile(r"(?<![:\w]):([a-z_]+)")
+
+_DIALECT = Dialect(
+    event_columns=", ".join(f"{name}::text" if name in _TEXT_COLUMNS else name for name in COLUMNS),
+    metric_columns="run_id::text, stage_id, metric_name, score, threshold, evidence::text",
+    instant=lambda time: time,
+    since=":since::timestamptz",
+    stage_type_totals=load_sql("postgres_stage_type_totals.sql"),
+    run_totals=load_sql("postgres_run_totals.sql"),
+    run_ids=load_sql("postgres_run_ids.sql"),
+)
+
+
+class PostgresStore(SqlStore):
+    """
+    Events in the PostgreSQL database at `url`: `postgresql://user:password@host:5432/name`, options as in libpq.
+
+    The tables are made where they are missing; with `read_only` nothing is made or changed.
+    """
+
+    dialect = _DIALECT
+    writers = _WRITERS
+
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
+        try:
+            parts = conninfo_to_dict(url)
+        except psycopg.Error as error:
+            raise ConfigurationError(f"this is no PostgreSQL URL: {_reason(error)}") from None
+        self.address = _without_password(parts)
+        self._settling: deque[tuple[int, int]] = deque(maxlen=10_000)
+        self._settled = 0
+        self._settling_lock = threading.Lock()
+        kwargs: dict[str, Any] = {
+            "autocommit": True,
+            "prepare_threshold": None,
+            "connect_timeout": parts.get("connect_timeout", _CONNECT_TIMEOUT_S),
+            "application_name": parts.get("application_name", "evalvault-sdk"),
+            # A database that vanished without a word is noticed within half a minute.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
+        }
+        with self._errors():
+            with psycopg.connect(url, **kwargs) as connection:  # says what is wrong; a pool only says "timeout"
+                _configure(connection)
+                if not read_only:
+                    self._apply_schema(connection)
+                self._look_around(connection)
+            self._pool = ConnectionPool(
+                url,
+                kwargs={**kwargs, "options": "-c default_transaction_read_only=on"} if read_only else kwargs,
+                min_size=1,
+                max_size=_CONNECTIONS,
+                timeout=_CONNECT_TIMEOUT_S,
+                max_idle=300,
+                configure=_configure,
+                check=ConnectionPool.check_connection,
+                open=True,
+                name="evalvault-sdk",
+            )
+
+    def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
+        """Store `events` in one transaction; see `Store.save`."""
+        refused: dict[int, str] = {}
+        rows: dict[tuple[str, str], tuple[int, tuple[Any, ...]]] = {}
+        for index, event in enumerate(events):
+            try:
+                row = _row_of(event)
+            except OverflowError:
+                refused[index] = "started_at and finished_at must be in the years 1 to 9999, in UTC"
+                continue
+            # One statement cannot replace a row twice: the last of equals wins, in the place of the first.
+            place = rows.setdefault((event.run_id, event.stage_id), (index, row))[0]
+            rows[event.run_id, event.stage_id] = (place, row)
+        numbered = list(rows.values())
+        with self._errors(), self._pool.connection() as connection:
+            if self._runs_are_uuids:
+                numbered = self._known_runs_only(connection, numbered, refused)
+            self._merge(connection, numbered, refused)
+        return refused
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[SqlSnapshot]:
+        """Return what is stored now; see `Store.snapshot`."""
+        with self._errors(), self._pool.connection() as connection, connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+            def ask(query: str, values: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+                # A cursor on the server's side: rows come as they are wanted, not all at once.
+                with connection.cursor(f"c{uuid.uuid4().hex}") as cursor:
+                    cursor.itersize = _FETCH
+                    cursor.execute(*self._said(query, values))
+                    yield from cursor
+
+            yield SqlSnapshot(ask, _DIALECT)
+
+    def check(self) -> None:
+        """Raise `StoreError` unless the database answers; see `Store.check`."""
+        with self._errors(), self._pool.connection() as connection:
+            connection.execute("SELECT 1 FROM stage_events LIMIT 1")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Writing]:
+        with self._errors(), self._pool.connection() as connection, connection.transaction():
+
+            def ask(query: str, values: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
+                return connection.execute(*self._said(query, values))
+
+            def each(query: str, rows: Iterable[Mapping[str, Any]]) -> None:
+                said = [self._said(query, row) for row in rows]
+                if said:
+                    connection.cursor().executemany(said[0][0], [values for _, values in said])
+
+            yield Writing(ask, each)
+
+    def _settled_place(self, view: SqlSnapshot) -> int:
+        """
+        Return the place below which every event that will ever be is visible.
+
+        Transactions take numbers from one sequence and commit in any order. A number that was given before
+        some instant is settled once all transactions that were open at that instant have ended.
+        """
+        with self._errors(), self._pool.connection() as connection:
+            ((given,),) = connection.execute(*self._said(f"SELECT last_value FROM {self._sequence}", {})).fetchall()
+            ((oldest, next_one),) = connection.execute(
+                "SELECT pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint "
+                "FROM pg_current_snapshot() AS s"
+            ).fetchall()
+        ((seen,),) = view.ask("SELECT COALESCE(MAX(id), 0) FROM stage_events", {})
+        with self._settling_lock:
+            self._settling.append((next_one, given))
+            while self._settling and self._settling[0][0] <= oldest:
+                self._settled = max(self._settled, self._settling.popleft()[1])
+            # This view is older than what was asked just now: what it does not see yet is not settled for it.
+            return min(self._settled, int(seen))
+
+    def _merge(
+        self, connection: _Connection, numbered: Sequence[tuple[int, tuple[Any, ...]]], refused: dict[int, str]
+    ) -> None:
+        """Store rows; where the database refuses some, halve until it is clear which."""
+        if not numbered:
+            return
+        try:
+            self._merge_at_once(connection, [row for _, row in numbered])
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            if len(numbered) == 1:
+                refused[numbered[0][0]] = f"the database refuses it: {_reason(error)}"
+                return
+            middle = len(numbered) // 2
+            self._merge(connection, numbered[:middle], refused)
+            self._merge(connection, numbered[middle:], refused)
+
+    def _merge_at_once(self, connection: _Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+        for attempt in range(_DEADLOCK_TRIES):
+            try:
+                with connection.transaction():
+                    connection.execute(_STAGING)
+                    with connection.cursor().copy(_COPY) as copy:
+                        for ordinal, row in enumerate(rows):
+                            copy.write_row((ordinal, *row))
+                    connection.execute(self._merge_query)
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
+                if attempt == _DEADLOCK_TRIES - 1:
+                    raise
+                time.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - no secret
+            else:
+                return
+
+    def _known_runs_only(
+        self, connection: _Connection, numbered: Sequence[tuple[int, tuple[Any, ...]]], refused: dict[int, str]
+    ) -> list[tuple[int, tuple[Any, ...]]]:
+        ids = {run_id: _as_uuid(run_id) for run_id in {row[0] for _, row in numbered}}
+        asked = [str(found) for found in ids.values() if found is not None]
+        known = {
+            found
+            for (found,) in connection.execute(
+                "SELECT run_id FROM evaluation_runs WHERE run_id = ANY(%s::uuid[])", (asked,)
+            )
+        }
+        kept = []
+        for index, row in numbered:
+            if ids[row[0]] in known:
+                kept.append((index, row))
+            else:
+                refused[index] = "run_id is no run of EvalVault's, and its database takes no others"
+        return kept
+
+    def _said(self, query: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return a query and its values in psycopg's form."""
+        given = dict(values)
+        if self._runs_are_uuids and "run_id" in given:
+            given["run_id"] = str(_as_uuid(given["run_id"]) or _NO_RUN)
+        return _PARAMETER.sub(r"%(\1)s", query), given
+
+    @staticmethod
+    def _apply_schema(connection: _Connection) -> None:
+        with connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", (_SCHEMA_LOCK,))
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS evalvault_sdk_schema "
+                "(name TEXT PRIMARY KEY, applied_at TIMESTAMP WITH TIME ZONE NOT NULL DEFAULT now())"
+            )
+            applied = {name for (name,) in connection.execute("SELECT name FROM evalvault_sdk_schema")}
+            for name in _SCHEMA:
+                if name not in applied:
+                    connection.execute(load_sql(name))
+                    connection.execute("INSERT INTO evalvault_sdk_schema (name) VALUES (%s)", (name,))
+
+    def _look_around(self, connection: _Connection) -> None:
+        """Find out whose tables these are."""
+        types: dict[str, str] = dict(
+            connection.execute(
+                "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute "
+                "WHERE attrelid = 'stage_events'::regclass AND attnum > 0 AND NOT attisdropped"
+            ).fetchall()
+        )
+        self._runs_are_uuids = types["run_id"] == "uuid"
+        self._merge_query = load_sql("postgres_merge.sql").format(
+            run_type=types["run_id"], json_type=types["attributes"]
+        )
+        ((self._sequence,),) = connection.execute("SELECT pg_get_serial_sequence('stage_events', 'id')").fetchall()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise what psycopg raises as `StoreError`."""
+        try:
+            yield
+        except (psycopg.Error, OSError) as error:
+            raise StoreError(f"the database {self.address} failed: {_reason(error)}") from error
+
+
+def _configure(connection: _Connection) -> None:
+    # What a client is told is stored must be on the disk, whatever the database's default is.
+    connection.execute(
+        "SELECT set_config('synchronous_commit', "
+        "CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') "
+        "END, false), set_config('timezone', 'UTC', false), set_config('datestyle', 'ISO', false), "
+        "set_config('client_min_messages', 'warning', false), set_config('statement_timeout', %s, false), "
+        "set_config('lock_timeout', %s, false)",
+        (f"{_STATEMENT_TIMEOUT_S}s", f"{_LOCK_TIMEOUT_S}s"),
+    )
+
+
+def _row_of(event: StageEvent) -> tuple[Any, ...]:
+    for moment in (event.started_at, event.finished_at):
+        if moment is not None:
+            moment.astimezone(timezone.utc)  # at the ends of the calendar there is none: OverflowError
+    return row_of(event)
+
+
+def _as_uuid(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    """Return what is wrong without what was in the row: only the first line says nothing of it."""
+    if isinstance(error, psycopg.Error) and error.diag.message_primary:
+        return error.diag.message_primary
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _without_password(parts: Mapping[str, Any]) -> str:
+    user = f"{parts['user']}@" if parts.get("user") else ""
+    port = f":{parts['port']}" if parts.get("port") else ""
+    return f"postgresql://{user}{parts.get('host', '')}{port}/{parts.get('dbname', '')}"

@@ -1,0 +1,115 @@
+"""
+Turn events into rows of EvalVault's table, and rows back into events.
+
+In:   a valid `StageEvent`; or a row that any program may have written, by laxer rules than ours.
+Out:  its columns; an event in which what cannot be kept is left out, never an error.
+Pure. Both SQL stores read and write texts: JSON, and times in ISO 8601.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from evalvault_sdk.errors import InvalidStageEventError
+from evalvault_sdk.events import StageEvent, parse_time
+from evalvault_sdk.server.metrics import StageMetric
+
+#: EvalVault's columns of `stage_events`, but for the number that the database gives.
+COLUMNS = (
+    "run_id",
+    "stage_id",
+    "parent_stage_id",
+    "stage_type",
+    "stage_name",
+    "status",
+    "attempt",
+    "started_at",
+    "finished_at",
+    "duration_ms",
+    "input_ref",
+    "output_ref",
+    "attributes",
+    "metadata",
+    "trace_id",
+    "span_id",
+)
+
+
+def to_json(value: Any) -> str:
+    """Return `value` as JSON text."""
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def row_of(event: StageEvent) -> tuple[Any, ...]:
+    """Return an event's columns."""
+    return (
+        event.run_id,
+        event.stage_id,
+        event.parent_stage_id,
+        event.stage_type,
+        event.stage_name,
+        event.status,
+        event.attempt,
+        event.started_at.isoformat() if event.started_at else None,
+        event.finished_at.isoformat() if event.finished_at else None,
+        event.duration_ms,
+        to_json(event.input_ref.to_dict()) if event.input_ref else None,
+        to_json(event.output_ref.to_dict()) if event.output_ref else None,
+        to_json(event.attributes),
+        to_json(event.metadata),
+        event.trace_id,
+        event.span_id,
+    )
+
+
+def event_of(row: Sequence[Any]) -> StageEvent:
+    """Return the event in a row."""
+    fields = dict(zip(COLUMNS, row, strict=True))
+    for name in ("input_ref", "output_ref", "attributes", "metadata"):
+        fields[name] = _readable_json(fields[name])
+    while True:
+        try:
+            return StageEvent(**fields)
+        except InvalidStageEventError as error:
+            # Another program wrote the row, by laxer rules. Leave out the field, not the event.
+            name = error.field.partition(".")[0]
+            if fields.get(name) is None:
+                raise
+            fields[name] = "unknown" if name in ("run_id", "stage_type") else None
+
+
+def metric_row_of(metric: StageMetric) -> tuple[Any, ...]:
+    """Return a metric's columns."""
+    evidence = None if metric.evidence is None else to_json(metric.evidence)
+    return metric.run_id, metric.stage_id, metric.metric_name, metric.score, metric.threshold, evidence
+
+
+def metric_of(row: Sequence[Any]) -> StageMetric:
+    """Return the metric in a row."""
+    run_id, stage_id, metric_name, score, threshold, evidence = row
+    found = _readable_json(evidence)
+    return StageMetric(run_id, stage_id, metric_name, score, threshold, found if isinstance(found, dict) else None)
+
+
+def readable_time(text: str | None) -> datetime | None:
+    """Return a time as it is in a row; None for what is none."""
+    try:
+        return parse_time("time", text)
+    except InvalidStageEventError:
+        return None
+
+
+def _readable_json(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)  # not orjson: EvalVault writes NaN as Python does
+        orjson.dumps([[[value]]])  # as deep as our answers wrap it
+    except (ValueError, TypeError, RecursionError):  # orjson's error is a TypeError
+        return {"unreadable": text}
+    return value

@@ -1,0 +1,4 @@
+-- What EvalVault's own indexes are too few for: the stages of one trace, and how many stages of a run failed.
+
+CREATE INDEX IF NOT EXISTS idx_evalvault_sdk_trace ON stage_events(run_id, trace_id);
+CREATE INDEX IF NOT EXISTS idx_evalvault_sdk_errors ON stage_events(run_id) WHERE status = 'error';
