@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from evalvault_sdk.errors import ConfigurationError
+from evalvault_sdk.events import run_id_problem
 
 #: Nobody means to wait longer than this; much longer ones overflow in the operating system.
 _LONGEST_S = 86_400.0
@@ -137,6 +138,9 @@ def is_run_id(_instance: Any, _attribute: Any, value: Any) -> None:
             "run_id is required: it names what is analysed together, for example 'rag-prod-2026-01-07'. "
             "Pass StageTracer(run_id=...) or set EVALVAULT_RUN_ID"
         )
+    problem = run_id_problem(value)
+    if problem is not None:
+        raise ConfigurationError(f"run_id {problem}")
 
 
 def is_url(_instance: Any, attribute: Any, value: Any) -> None:
@@ -161,6 +165,17 @@ def is_token(_instance: Any, attribute: Any, value: Any) -> None:
     """Accept what fits into an HTTP header, or None."""
     if value is not None and (not isinstance(value, str) or not value.isascii() or not value.isprintable()):
         raise ConfigurationError(f"{attribute.name} must be one line of ASCII text: it travels in an HTTP header")
+
+
+def number_or_none(minimum: float, maximum: float) -> Callable[[Any, Any, Any], None]:
+    """Accept a number from `minimum` to `maximum`, or None."""
+
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and (not good or not minimum <= value <= maximum):
+            raise ConfigurationError(f"{attribute.name} must be a number from {minimum:g} to {maximum:.0f}")
+
+    return check
 
 
 def stripped(value: Any) -> Any:

@@ -10,6 +10,7 @@ encoded straight from what was measured (`capture.stage`): the same JSON, withou
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -30,6 +31,22 @@ _ISO_8601 = re.compile(
 )
 #: The form that our own client writes, which needs no regular expression.
 _OWN_FORM_LENGTH = len("2026-01-07T10:00:00.000000+00:00")
+
+
+#: Characters of a run id. With `stage_id` it is a key of the database's index, whose entries are bounded.
+_MAX_RUN_ID = 256
+
+
+@functools.lru_cache(maxsize=1024)  # a program records thousands of events of one run
+def run_id_problem(run_id: str) -> str | None:
+    """Return what keeps a run id from being read over HTTP, where it is a part of addresses; None if nothing."""
+    if len(run_id) > _MAX_RUN_ID:
+        return f"must have at most {_MAX_RUN_ID} characters"
+    if not run_id.isprintable():
+        return "must hold nothing but printable characters"
+    if any(part in ("", ".", "..") for part in run_id.split("/")):
+        return "must not be '.' or '..', nor have these or nothing between its slashes: it is part of addresses"
+    return None
 
 
 def parse_time(field: str, value: object) -> datetime | None:

@@ -8,6 +8,7 @@ Out:  calls to the modules that do the work; every expected error as one line on
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ _DEFAULT_URL = "http://localhost:8000"
 #: Refused lines named at most.
 _MAX_NAMED = 20
 
-_Url = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_URL", help=f"The server. [default: {_DEFAULT_URL}]")]
+_Url = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_URL", help=f"The server (default {_DEFAULT_URL}).")]
 _Token = Annotated[str | None, typer.Option(envvar="EVALVAULT_API_TOKEN", help="The server's token.")]
 _Dir = Annotated[
     Path | None,
@@ -83,27 +84,103 @@ def _main(
 
 @app.command()
 def serve(
-    db: Annotated[str, typer.Option(help="The database file; made if it is not there.")] = "evalvault.db",
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
-    token: _Token = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a token.")] = False,
+    db: Annotated[
+        str | None, typer.Option(help="Where events are kept: a file (default evalvault.db), or postgresql://...")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on (default 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port to listen on (default 8000).")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that serve side by side; more than one needs PostgreSQL.")
+    ] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(help="The token that every request must bear; may be given several times. EVALVAULT_API_TOKEN"),
+    ] = None,
+    tokens_file: Annotated[
+        Path | None, typer.Option(help="A file of hashed tokens, each with what it may do (see `token`).")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond this machine without a token.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, where that is another file.")] = None,
+    thresholds: Annotated[Path | None, typer.Option(help="A JSON file of thresholds of metrics.")] = None,
+    profile: Annotated[str | None, typer.Option(help="The profile of thresholds that holds: dev, prod.")] = None,
+    relevance: Annotated[Path | None, typer.Option(help="A JSON file of relevant documents by test case.")] = None,
+    rules: Annotated[Path | None, typer.Option(help="A TOML or YAML file of metrics of your own.")] = None,
+    rate_limit: Annotated[float | None, typer.Option(help="Requests a second of each token, or address.")] = None,
+    retain_days: Annotated[float | None, typer.Option(help="Days after which events are deleted.")] = None,
+    retain_run_events: Annotated[int | None, typer.Option(help="Events of a run that are kept.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin of web pages that may ask; may be given several times.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="Lines of the log: text (default), or json.")] = None,
+    log_requests: Annotated[
+        bool | None, typer.Option("--log-requests", help="A line for every request, not only for failed ones.")
+    ] = None,
 ) -> None:
-    """Run the server: receive events, and answer questions about them."""
-    with _clear_errors():
-        from evalvault_sdk.server import create_app, run
-        from evalvault_sdk.server.security import check_exposure, check_token_setting
+    """
+    Run the server: receive events, and answer questions about them.
 
-        token = check_token_setting(token)
-        check_exposure(host, token, insecure=insecure)
-        run(
-            create_app(db, token=token),
+    Every option, and more, can be set by a variable EVALVAULT_SERVER_..., EVALVAULT_SERVER_DB say; see the README.
+    """
+    with _clear_errors():
+        from evalvault_sdk.server import ServerSettings, run
+        from evalvault_sdk.server.store import without_password
+
+        settings = ServerSettings.resolve(
+            db=db,
             host=host,
             port=port,
+            workers=workers,
+            token=token or None,
+            tokens_file=tokens_file,
+            insecure=insecure,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            thresholds=thresholds,
+            profile=profile,
+            relevance=relevance,
+            rules=rules,
+            rate_limit=rate_limit,
+            retain_days=retain_days,
+            retain_run_events=retain_run_events,
+            cors_origins=cors_origin or None,
+            log_format=log_format,
+            log_requests=log_requests,
+        )
+        run(
+            settings,
             on_ready=lambda url: console.print(
-                f"Database {plain(db)}; API documentation at {url}/docs", highlight=False
+                f"Database {plain(without_password(settings.db))}; API documentation at {url}/docs", highlight=False
             ),
         )
+
+
+@app.command("token")
+def make_token(
+    name: Annotated[str, typer.Argument(help="Whose it is: what the server's log calls its bearer.")],
+    runs: Annotated[
+        list[str] | None, typer.Option(help="What the ids of its runs begin with; may be given several times.")
+    ] = None,
+    access: Annotated[list[str] | None, typer.Option(help="read, or write; by default both.")] = None,
+) -> None:
+    """Make a token: print it once, and the entry for the file of tokens, which has only its hash."""
+    with _clear_errors():
+        from evalvault_sdk.server.security import new_token, token_digest
+
+        if access and not set(access) <= {"read", "write"}:
+            raise EvalVaultError("--access must be read or write")
+        token = new_token()
+        lines = ["[[token]]", f"name = {json.dumps(name)}", f'sha256 = "{token_digest(token).hex()}"']
+        lines += [f"runs = {json.dumps(runs)}"] if runs else []
+        lines += [f"access = {json.dumps(access)}"] if access else []
+        Console(stderr=True).print(
+            "The token, for EVALVAULT_API_TOKEN of whoever sends or reads; it is not shown again:", highlight=False
+        )
+        typer.echo(token)
+        Console(stderr=True).print("Add this to the server's file of tokens (--tokens-file):", highlight=False)
+        typer.echo("\n".join(lines))
 
 
 @app.command()
@@ -145,7 +222,7 @@ def show(
     url: _Url = None,
     db: _Db = None,
     token: _Token = None,
-    trace: Annotated[str | None, typer.Option(help="The trace to draw. [default: the slowest]")] = None,
+    trace: Annotated[str | None, typer.Option(help="The trace to draw (default: the slowest).")] = None,
 ) -> None:
     """Show a run: its stages, the waterfall of one trace, failing metrics, recommendations."""
     with _clear_errors():

@@ -29,7 +29,8 @@ from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, R
 from evalvault_sdk.delivery.transport.http import HttpTransport
 from evalvault_sdk.errors import EvalVaultError
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.ingest import ApiError, judge, parse_json
+from evalvault_sdk.server.answers import ApiError
+from evalvault_sdk.server.ingest import judge, parse_json
 from evalvault_sdk.server.store import open_store
 
 _BATCH_EVENTS = 1000

@@ -14,7 +14,7 @@ from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.transport.http import open_session, request_options
 from evalvault_sdk.errors import EvalVaultError
 from evalvault_sdk.server.reader import RunReader
-from evalvault_sdk.server.store import open_store
+from evalvault_sdk.server.store import EventFilter, open_store
 
 
 class Source(Protocol):
@@ -110,6 +110,6 @@ class DatabaseSource:
 
     def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
         """Return the first 10,000 events."""
-        found = self._reader.events(run_id, stage_type=None, trace_id=trace_id, limit=_MAX_EVENTS)
+        found = self._reader.events(run_id, EventFilter(trace_id=trace_id), limit=_MAX_EVENTS)
         events: list[dict[str, Any]] = found["events"]
         return events

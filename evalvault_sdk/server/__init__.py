@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 from evalvault_sdk.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from evalvault_sdk.server.app import create_app, run
-    from evalvault_sdk.server.routes import create_router
+    from evalvault_sdk.server.app import create_app, mount
+    from evalvault_sdk.server.program import run
+    from evalvault_sdk.server.settings import ServerSettings
 
-__all__ = ["create_app", "create_router", "run"]
+__all__ = ["ServerSettings", "create_app", "mount", "run"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from evalvault_sdk.server import app, routes
+        from evalvault_sdk.server import app, program, settings
+    except MissingDependencyError:
+        raise
     except ImportError as error:
         raise MissingDependencyError.for_extra("the EvalVault server", "server", error) from error
-    return getattr(routes if name == "create_router" else app, name)
+    places = {"run": program, "ServerSettings": settings}
+    return getattr(places.get(name, app), name)

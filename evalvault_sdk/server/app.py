@@ -1,58 +1,62 @@
 """
-The server as a program of its own: a FastAPI app over one store.
+The server as an app of its own, and its endpoints in somebody else's.
 
-In:   where the database is, and who may talk to it.
-Out:  an ASGI app, for uvicorn or any other server; `evalvault-sdk serve` runs it.
+In:   the settings, or a store that is open already.
+Out:  an ASGI app, for uvicorn or any other server; or endpoints added to a FastAPI app.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import socket
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import attrs
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from evalvault_sdk import __version__
-from evalvault_sdk.errors import ConfigurationError, MissingDependencyError
-from evalvault_sdk.server.ingest import IngestLimits
-from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS
-from evalvault_sdk.server.reader import RunReader
-from evalvault_sdk.server.routes import as_api_error, create_router, error_response, json_response
-from evalvault_sdk.server.security import check_token_setting
+from evalvault_sdk.errors import ConfigurationError, StoreError
+from evalvault_sdk.server import openapi
+from evalvault_sdk.server.answers import come_again, logger
+from evalvault_sdk.server.routes import create_routes
+from evalvault_sdk.server.routes.base import as_answer, create_router, error_response, json_response
+from evalvault_sdk.server.services import Services
+from evalvault_sdk.server.settings import ServerSettings
 from evalvault_sdk.server.store import open_store
 from evalvault_sdk.server.store.base import Store
+from evalvault_sdk.server.telemetry import RequestTelemetry
 
 
 def create_app(
-    db: str = "evalvault.db",
-    *,
-    store: Store | None = None,
-    token: str | None = None,
-    limits: IngestLimits | None = None,
-    thresholds: Mapping[str, float] = DEFAULT_THRESHOLDS,
-    relevance: Mapping[str, Collection[str]] | None = None,
+    db: str | None = None, *, settings: ServerSettings | None = None, store: Store | None = None, **options: Any
 ) -> FastAPI:
     """
     Return an app that receives, keeps and analyses stage events.
 
-    `db` is the path of an SQLite file, made if it is not there; an existing EvalVault database is used as it
-    is. A `store` given instead stays its maker's to close. With `token` every request must bear it.
-    Raises `StoreError` when the database cannot be opened, `ConfigurationError` for a blank token.
+    `db` and `options` are the fields of `ServerSettings`; what is not given is read from `EVALVAULT_SERVER_*`
+    variables. A `store` given instead of a database stays its maker's to close. Raises `ConfigurationError`
+    for a setting that cannot work, `StoreError` when the database cannot be opened.
     """
-    token = check_token_setting(token)  # before anything is opened
-    kept = store or open_store(db)
+    settings = settings or ServerSettings.resolve(db=db, **options)
+    kept = store or open_store(settings.db)
+    try:
+        services = Services(kept, settings)
+    except BaseException:
+        if store is None:
+            kept.close()
+        raise
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        try:
+        async with _running(services, kept if store is None else None):
             yield
-        finally:
-            if store is None:
-                kept.close()
 
     app = FastAPIOffline(  # a FastAPI whose /docs needs no CDN: closed networks are normal
         title="EvalVault stage events",
@@ -60,43 +64,177 @@ def create_app(
         description="Receives the stages of RAG programs as they run, and says what was slow, failed or missing.",
         lifespan=lifespan,
     )
-    reader = RunReader(kept, thresholds=thresholds, relevance=relevance)
-    app.include_router(create_router(kept, token=token, limits=limits, reader=reader))
+    app.state.evalvault = services
+    app.include_router(create_routes(services))
+    _add_operation(app, services)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        answer = as_answer(error)
+        return error_response(attrs.evolve(answer, details=f"{request.method} {request.url.path}; see /docs"))
+
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
+        )
+    app.add_middleware(
+        RequestTelemetry,
+        telemetry=services.telemetry,
+        log_requests=settings.log_requests,
+        https=settings.tls_cert is not None,
+    )
+    return app
+
+
+def mount(
+    app: FastAPI,
+    db: str | None = None,
+    *,
+    store: Store | None = None,
+    dependencies: Sequence[Callable[..., Any]] | None = None,
+    prefix: str = "",
+    **options: Any,
+) -> Services:
+    """
+    Add the endpoints to another FastAPI app: EvalVault's own, or yours.
+
+    Without `db` and `store`, EvalVault's settings say which database it is. `dependencies` are asked before
+    every request, as FastAPI's; by default, where EvalVault is installed, its own token check. With a `token`
+    ours is asked as well. `prefix` goes before all paths. Everything else is as in `create_app`. What is opened here is closed when the app
+    ends. Raises `ConfigurationError` where nothing would check access, unless `insecure=True`.
+    """
+    if store is None and db is None:
+        db = _evalvault_database()
+    settings = ServerSettings.resolve(db=db, **options)
+    if dependencies is None:
+        dependencies = _evalvault_token_check()
+    kept = store or open_store(settings.db)
+    try:
+        services = Services(kept, settings)
+        if not dependencies and services.guard.is_open and not settings.insecure:
+            raise ConfigurationError(
+                "nothing would check who asks: give token=, dependencies=[your check], or insecure=True"
+            )
+    except BaseException:
+        if store is None:
+            kept.close()
+        raise
+    checks = [Depends(check) for check in dependencies]
+    app.include_router(create_routes(services), prefix=prefix, dependencies=checks)
+    theirs = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with _running(services, kept if store is None else None), theirs(app) as state:
+            yield state
+
+    app.router.lifespan_context = lifespan
+    return services
+
+
+@contextlib.asynccontextmanager
+async def _running(services: Services, owned: Store | None) -> AsyncIterator[None]:
+    services.start()
+    # Live streams end first: servers wait for requests to end, and these never would.
+    restore = _on_signals(services.live.close)
+    try:
+        yield
+    finally:
+        restore()
+        services.live.close()
+        await asyncio.to_thread(services.close)  # what was accepted is stored first
+        if owned is not None:
+            owned.close()
+
+
+def _on_signals(then: Callable[[], None]) -> Callable[[], None]:
+    """Have `then` called before whatever SIGINT and SIGTERM do; return what undoes that."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None  # nobody else may; the app is somebody's test, perhaps
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        then()
+        earlier = before[signal.Signals(number)]
+        if callable(earlier):
+            earlier(number, frame)
+        elif earlier == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in before:
+        signal.signal(number, handle)
+
+    def restore() -> None:
+        for number, earlier in before.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, earlier)
+
+    return restore
+
+
+def _add_operation(app: FastAPI, services: Services) -> None:
+    """Add what operators and orchestrators ask."""
 
     @app.get("/health", tags=["operation"])
     async def health() -> Response:
         """Say that the server runs."""
         return json_response({"status": "ok", "version": __version__})
 
-    @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: HTTPException) -> Response:
-        answer = as_api_error(error)
-        return error_response(attrs.evolve(answer, details=f"{request.method} {request.url.path}; see /docs"))
-
-    return app
-
-
-def run(app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None] = lambda url: None) -> None:
-    """
-    Serve `app` with uvicorn until SIGINT or SIGTERM; requests under way are finished first.
-
-    `on_ready` is told the address once it is ours. Raises `ConfigurationError` when it cannot be had.
-    """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise MissingDependencyError.for_extra("serving", "server", error) from error
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    @app.get("/ready", tags=["operation"], responses=openapi.READY_RESPONSES)
+    async def ready() -> Response:
+        """Say whether events can be stored now: the database is reached, and the server is not ending."""
         try:
-            listening.bind((host, port))
-        except (OSError, UnicodeError) as error:
-            raise ConfigurationError(
-                f"cannot listen on {host} port {port} ({error.strerror or error}): give another --host or --port"
-                if isinstance(error, OSError)
-                else f"{host!r} is no address to listen on"
-            ) from None
-        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
-        # No access log: a line per batch tells nobody anything.
-        uvicorn.Server(uvicorn.Config(app, access_log=False)).run(sockets=[listening])
+            if services.live.closing:
+                raise come_again("Ending", "the server is ending", reason="ending")
+            await services.check_store()
+        except StoreError as error:
+            logger.warning("evalvault: not ready: %s", error)
+            return error_response(come_again("Database unavailable", "see the server's log", reason="database"))
+        except Exception as error:  # noqa: BLE001 - an answer, whatever it is
+            return error_response(as_answer(error))
+        return json_response({"status": "ready"})
+
+    router = create_router(services, prefix="", tags=("operation",))
+
+    @router.get("/metrics", responses=openapi.PROMETHEUS_RESPONSES)
+    async def metrics() -> Response:
+        """Return the server's own metrics, for Prometheus."""
+        services.telemetry.waiting_bytes.set(services.bodies.bytes)
+        text = await asyncio.to_thread(services.telemetry.exposition)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(router)
+
+
+def _evalvault_database() -> str:
+    """Return the address of the database that EvalVault's settings name."""
+    try:
+        from evalvault.config.settings import get_settings
+    except ImportError:
+        raise ConfigurationError(
+            "give db=, or store=: EvalVault, whose settings would say it, is not installed"
+        ) from None
+    settings = get_settings()
+    if getattr(settings, "db_backend", "postgres") == "sqlite":
+        return str(settings.evalvault_db_path)
+    if settings.postgres_connection_string:
+        return str(settings.postgres_connection_string)
+    from urllib.parse import quote
+
+    user = quote(settings.postgres_user or "postgres", safe="")
+    password = f":{quote(settings.postgres_password, safe='')}" if settings.postgres_password else ""
+    host, port = settings.postgres_host or "localhost", settings.postgres_port
+    return f"postgresql://{user}{password}@{host}:{port}/{settings.postgres_database}"
+
+
+def _evalvault_token_check() -> list[Callable[..., Any]]:
+    try:
+        from evalvault.adapters.inbound.api.main import require_api_token
+    except ImportError:
+        return []
+    check: Callable[..., str | Awaitable[str | None] | None] = require_api_token
+    return [check]

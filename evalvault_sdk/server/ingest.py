@@ -1,7 +1,7 @@
 """
 Turn a request body into valid events and verdicts.
 
-In:   the bytes of a body, as they came over the wire, and its headers.
+In:   the bytes of a body, unpacked: JSON, or one event a line (NDJSON, JSONL).
 Out:  a `Submission`: the events to store, and for each refused one its index and the reason.
 Pure, and blocking for the time of parsing: the routes call it in a thread. Sizes are bounded before
 anything is parsed. One bad event never costs its neighbours.
@@ -9,9 +9,9 @@ anything is parsed. One bad event never costs its neighbours.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,43 +19,22 @@ import attrs
 import orjson
 
 from evalvault_sdk.errors import InvalidStageEventError
-from evalvault_sdk.events import StageEvent
+from evalvault_sdk.events import StageEvent, run_id_problem
+from evalvault_sdk.server.answers import ApiError, too_large
+from evalvault_sdk.server.settings import ServerSettings
 
-#: Members of a gzip body; senders write one.
-_MAX_GZIP_MEMBERS = 16
 #: Levels of nesting in an event; orjson writes 254, and our own client 32.
 _MAX_DEPTH = 128
-
-
-@attrs.frozen
-class ApiError(Exception):
-    """An answer other than success: `{"error", "details", ...}` with a status."""
-
-    status: int
-    error: str
-    details: str
-    extra: Mapping[str, Any] = attrs.field(factory=dict)
-    headers: Mapping[str, str] = attrs.field(factory=dict)
-
-    def body(self) -> dict[str, Any]:
-        """Return the JSON object of the answer."""
-        return {"error": self.error, "details": self.details, **self.extra}
-
-
-@attrs.frozen(kw_only=True)
-class IngestLimits:
-    """What one request may ask of the server."""
-
-    #: Bytes of a body on the wire.
-    max_body_bytes: int = 16 << 20
-    #: Bytes of a body after unpacking: a bomb of 16 MiB would unpack to 16 GiB.
-    max_unpacked_bytes: int = 32 << 20
-    #: Objects and lists in a body: an empty one is two bytes on the wire, and some ninety once it is parsed.
-    max_containers: int = 500_000
-    #: Events in a body.
-    max_events: int = 10_000
-    #: Requests that wait to be parsed and stored; more are answered with 503 at once.
-    max_waiting_requests: int = 64
+#: Characters of the fields that databases keep in indexes, or that lists show.
+_MAX_LENGTHS = {
+    "stage_id": 256,
+    "stage_type": 128,
+    "parent_stage_id": 256,
+    "status": 64,
+    "stage_name": 1024,
+    "trace_id": 128,
+    "span_id": 128,
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -75,7 +54,7 @@ class Submission:
         kept = [index for index in range(len(self.events)) if index not in refused]
         rejected = [
             *self.rejected,
-            *(_rejection(self.places[index], self.events[index].stage_id, why) for index, why in refused.items()),
+            *(rejection(self.places[index], self.events[index].stage_id, why) for index, why in refused.items()),
         ]
         return Submission(
             events=[self.events[index] for index in kept],
@@ -101,44 +80,45 @@ class Submission:
         return 200, body
 
 
-def too_large(what: str, **limit: int) -> ApiError:
-    """Return the answer 413, with the limit as text and as a number for the sender to go by."""
-    return ApiError(413, "Request too large", what, extra=limit)
+def read_submission(body: bytes, *, lines: bool, settings: ServerSettings) -> Submission:
+    """Parse and judge a body: one event a line, or JSON. Raises `ApiError` when there is nothing in it to judge."""
+    check_containers(body, settings)
+    if lines:
+        return _read_lines(body, settings)
+    value, odd = parse_json(body)
+    return judge(_events_in(value, settings), odd=odd)
 
 
-def read_submission(body: bytes, *, content_encoding: str | None, limits: IngestLimits) -> Submission:
-    """Unpack, parse and judge a body. Raises `ApiError` when there is nothing in it to judge."""
-    unpacked = _unpack(body, content_encoding, limits)
-    if unpacked.count(b"{") + unpacked.count(b"[") > limits.max_containers:
-        raise too_large(
-            f"a body may have {limits.max_containers} objects and lists", limit_containers=limits.max_containers
-        )
-    value, odd = parse_json(unpacked)
-    return judge(_events_in(value, limits), odd=odd)
+def check_containers(body: bytes, settings: ServerSettings) -> None:
+    """Raise `ApiError` 413 for JSON that would be many times as large once it is parsed."""
+    limit = settings.max_containers
+    if body.count(b"{") + body.count(b"[") > limit:
+        raise too_large(f"a body may have {limit} objects and lists", limit_containers=limit)
 
 
-def _unpack(body: bytes, content_encoding: str | None, limits: IngestLimits) -> bytes:
-    encoding = (content_encoding or "identity").strip().lower()
-    if encoding == "identity":
-        return body
-    if encoding not in ("gzip", "x-gzip"):
-        raise ApiError(415, "Unsupported content encoding", "Content-Encoding must be gzip or absent")
-    unpacked = b""
-    for _ in range(_MAX_GZIP_MEMBERS):  # RFC 1952, 2.2: a gzip file may have several; each costs a copy of the rest
-        unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+def _read_lines(body: bytes, settings: ServerSettings) -> Submission:
+    if body.count(b"\n") > 2 * settings.max_events:  # before it becomes a list; some send blank lines between
+        _check_number(body.count(b"\n"), settings)
+    lines = [line for line in body.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if not lines:
+        raise ApiError(422, "Invalid request", "the body must hold at least one event, each on a line of its own")
+    _check_number(len(lines), settings)
+    parsed: list[Any] = []
+    malformed: dict[int, ApiError] = {}
+    any_odd = False
+    for index, line in enumerate(lines):
         try:
-            unpacked += unpacker.decompress(body, limits.max_unpacked_bytes + 1 - len(unpacked))
-        except zlib.error:
-            raise ApiError(400, "Malformed gzip", "the body is not what Content-Encoding: gzip says") from None
-        if len(unpacked) > limits.max_unpacked_bytes:
-            limit = limits.max_unpacked_bytes
-            raise too_large(f"the body unpacks to more than {limit} bytes", limit_bytes=limit)
-        if not unpacker.eof:
-            raise ApiError(400, "Malformed gzip", "the body ends before its gzip stream does")
-        body = unpacker.unused_data
-        if not body:
-            return unpacked
-    raise ApiError(400, "Malformed gzip", f"the body has more than {_MAX_GZIP_MEMBERS} gzip members")
+            value, odd = parse_json(line)
+            any_odd |= odd
+        except ApiError as error:
+            value, malformed[index] = None, error
+        parsed.append(value)
+    verdict = judge(parsed, odd=any_odd)
+    rejected = [
+        {**entry, "error": why.error, "details": why.details} if (why := malformed.get(entry["index"])) else entry
+        for entry in verdict.rejected
+    ]
+    return attrs.evolve(verdict, rejected=rejected)
 
 
 def parse_json(body: bytes) -> tuple[Any, bool]:
@@ -175,7 +155,15 @@ def _integer(digits: str) -> int | float:
     return number if -(2**63) <= number < 2**64 else float(digits)
 
 
-def _events_in(value: Any, limits: IngestLimits) -> list[Any]:
+def _check_number(events: int, settings: ServerSettings) -> None:
+    if events > settings.max_events:
+        raise too_large(
+            f"the body holds {events} events; send at most {settings.max_events} in one request",
+            limit_events=settings.max_events,
+        )
+
+
+def _events_in(value: Any, settings: ServerSettings) -> list[Any]:
     if not isinstance(value, dict):
         raise ApiError(422, "Invalid request", 'the body must be one event object, or {"events": [...]}')
     if "events" not in value:
@@ -185,11 +173,7 @@ def _events_in(value: Any, limits: IngestLimits) -> list[Any]:
         raise ApiError(422, "Invalid request", "events must be a list of event objects")
     if not events:
         raise ApiError(422, "Invalid request", "events must hold at least one event")
-    if len(events) > limits.max_events:
-        raise too_large(
-            f"events holds {len(events)}; send at most {limits.max_events} in one request",
-            limit_events=limits.max_events,
-        )
+    _check_number(len(events), settings)
     return events
 
 
@@ -202,14 +186,17 @@ def judge(payloads: Sequence[Any], *, odd: bool = False) -> Submission:
         try:
             if odd:
                 _check_storable(payload, "event")
-            events.append(StageEvent.from_dict(payload))
+            event = StageEvent.from_dict(payload)
+            check_event(event)
+            events.append(event)
             places.append(index)
         except InvalidStageEventError as error:
-            rejected.append(_rejection(index, _readable_id(payload), str(error)))
+            rejected.append(rejection(index, _readable_id(payload), str(error)))
     return Submission(events=events, places=places, rejected=rejected)
 
 
-def _rejection(index: int, stage_id: str | None, details: str) -> dict[str, Any]:
+def rejection(index: int, stage_id: str | None, details: str) -> dict[str, Any]:
+    """Return the verdict on an event that is refused."""
     return {"index": index, "stage_id": stage_id, "error": "Invalid stage event", "details": details}
 
 
@@ -218,6 +205,21 @@ def _readable_id(payload: Any) -> str | None:
     if not isinstance(stage_id, str):
         return None
     return stage_id.encode("utf-8", "replace").decode()
+
+
+def check_event(event: StageEvent) -> None:
+    """Raise `InvalidStageEventError` for what the server takes from nobody, though EvalVault's rules allow it."""
+    problem = run_id_problem(event.run_id)
+    if problem is not None:
+        raise InvalidStageEventError("run_id", problem)
+    for field, limit in _MAX_LENGTHS.items():
+        value = getattr(event, field)
+        if value is not None and len(value) > limit:
+            raise InvalidStageEventError(field, f"must have at most {limit} characters")
+    for field in ("started_at", "finished_at"):
+        moment = getattr(event, field)
+        if moment is not None and not 1 < moment.year < 9999:  # at the ends of the calendar there is no UTC
+            raise InvalidStageEventError(field, "must be in the years 2 to 9998")
 
 
 def _check_storable(value: Any, path: str, depth: int = 0) -> None:

@@ -1,7 +1,8 @@
 """
 Compute the metrics of a stage from its event.
 
-In:   one `StageEvent`; thresholds by metric name; optionally the relevant documents of each test case.
+In:   one `StageEvent`; thresholds by metric name; optionally the relevant documents of each test case, and
+      rules for metrics of the user's own.
 Out:  its `StageMetric`s, as the contract's table "Stage metrics" has them.
 Pure. What an attribute lacks or gets wrong costs its own metric only: text among numbers is skipped, and
 the evidence says how much was.
@@ -10,8 +11,8 @@ the evidence says how much was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 
@@ -87,20 +88,71 @@ _LARGEST_COUNT = 2**53
 _Finding = tuple[str, float, dict[str, Any]]
 
 
+@attrs.frozen(kw_only=True)
+class MetricRule:
+    """A metric of the user's own: a number somewhere in the attributes of a type of stage."""
+
+    #: Stages of this type; `"*"` is all.
+    stage_type: str
+    #: Where the number is: names joined by dots, from the attributes down. Numbers pick from lists.
+    attribute: str
+    #: The metric is `"{stage_type}.{name}"`.
+    name: str
+    #: None: the metric is only shown. A threshold that is given for the metric's name elsewhere wins.
+    threshold: float | None = None
+    #: `"max"`: the threshold is a ceiling; `"min"`: a floor.
+    direction: Literal["min", "max"] = "min"
+
+    def find(self, event: StageEvent) -> float | None:
+        """Return the number in an event; None where there is none. True counts as 1, False as 0."""
+        if self.stage_type not in ("*", event.stage_type):
+            return None
+        value = _at(event.attributes, self.attribute)
+        return float(value) if isinstance(value, bool) else _number(value)
+
+
+def _at(value: Any, path: str) -> Any:
+    """Return what is at a path; a name that has dots itself is found too."""
+    if isinstance(value, Mapping):
+        if path in value:
+            return value[path]
+        head, dot, rest = path.partition(".")
+        while dot:
+            if head in value:
+                return _at(value[head], rest)
+            further, dot, rest = rest.partition(".")
+            head = f"{head}.{further}"
+        return None
+    if isinstance(value, list):
+        index, dot, rest = path.partition(".")
+        if not index.isdecimal() or len(index) > 6 or int(index) >= len(value):
+            return None
+        return _at(value[int(index)], rest) if dot else value[int(index)]
+    return None
+
+
 def metrics_of(
     event: StageEvent,
     *,
     thresholds: Mapping[str, float] = DEFAULT_THRESHOLDS,
     relevance: Mapping[str, Collection[str]] | None = None,
+    rules: Sequence[MetricRule] = (),
 ) -> Iterator[StageMetric]:
     """
     Yield the metrics of one event.
 
     `relevance` maps `metadata.test_case_id` to the ids of its relevant documents; what an event says of
     them itself wins. Types with metrics of their own get those, any other type one metric for every finite
-    number among its attributes.
+    number among its attributes; `rules` add to both, and one of a generic metric's name stands in its place.
     """
     seen = set()
+    for rule in rules:
+        if (score := rule.find(event)) is not None:
+            name = f"{event.stage_type}.{rule.name}"
+            seen.add(name)
+            evidence = {"attribute": rule.attribute, "comparison": rule.direction}
+            threshold = thresholds.get(name, rule.threshold)
+            yield StageMetric(event.run_id, event.stage_id, name, score, threshold, evidence)
     for what, score, evidence in _findings(event, relevance or {}):
         name = f"{event.stage_type}.{what}"
         if name in seen or not math.isfinite(score):  # an unknown type's own latency_ms; a sum beyond all floats
@@ -120,7 +172,8 @@ def _findings(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> It
 
 def _retrieval(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> Iterator[_Finding]:
     doc_ids = _texts(event.attributes.get("doc_ids"))
-    yield "result_count", float(len(doc_ids)), {"count": len(doc_ids)}
+    missing = {} if "doc_ids" in event.attributes else {"missing": True}
+    yield "result_count", float(len(doc_ids)), {"count": len(doc_ids), **missing}
     yield from _scores(event.attributes)
     relevant = _relevant(event, relevance)
     if not doc_ids or not relevant:
@@ -229,6 +282,22 @@ def _generic(attributes: Mapping[str, Any]) -> Iterator[_Finding]:
         if isinstance(value, int | float) and (score := _number(value)) is not None:
             yield key, score, {"attribute": key}
 
+
+#: What the metrics of known types are called: rules must not be called the same.
+SPECIAL_METRICS: Mapping[str, frozenset[str]] = {
+    kind: frozenset(names.split())
+    for kind, names in {
+        "*": "latency_ms",
+        "retrieval": "result_count avg_score score_gap precision_at_k recall_at_k",
+        "rerank": "keep_rate avg_score score_gap",
+        "output": "token_ratio citation_count",
+        "input": "query_length",
+        "language_detection": "accuracy confidence",
+        "intent": "accuracy confidence",
+        "safety_check": "violation_rate block_rate",
+        "answer_validation": "pass_rate",
+    }.items()
+}
 
 _BY_TYPE: Mapping[str, Callable[[Mapping[str, Any]], Iterator[_Finding]]] = {
     "rerank": _rerank,

@@ -141,6 +141,21 @@ _UNAUTHORIZED: _Responses = {
         "send the header 'Authorization: Bearer <token>' with the server's token",
     )
 }
+_FORBIDDEN: _Responses = {
+    403: _error(
+        "The token does not allow that, or not for this run.",
+        "Forbidden",
+        "this token is for runs whose id begins with 'prod-'",
+    )
+}
+_TOO_MANY: _Responses = {
+    429: {
+        **_error(
+            "There is a rate limit, and it is reached.", "Too many requests", "50 a second are allowed; try again later"
+        ),
+        "headers": {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}},
+    }
+}
 _UNAVAILABLE: _Responses = {
     503: {
         **_error(
@@ -150,6 +165,10 @@ _UNAVAILABLE: _Responses = {
         ),
         "headers": {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}},
     }
+}
+_ALWAYS: _Responses = {**_UNAUTHORIZED, **_FORBIDDEN, **_TOO_MANY, **_UNAVAILABLE}
+_SLOW_BODY: _Responses = {
+    408: _error("The body takes too long to arrive.", "Request timeout", "the body did not arrive within 30 s")
 }
 _NOT_FOUND: _Responses = {
     404: _error("The run has no events.", "Run not found", "there are no stage events of the run 'rag-001'")
@@ -162,18 +181,21 @@ _BAD_QUERY: _Responses = {
     )
 }
 
+_LINES = '{"run_id": "rag-001", "stage_type": "input"}\n{"run_id": "rag-001", "stage_type": "output"}\n'
+
 POST_EVENTS: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "One event, or a batch; `Content-Encoding: gzip` is understood.",
+        "description": "One event, a batch, or one event a line; `Content-Encoding` may be `gzip` or `zstd`.",
         "content": {
+            "application/x-ndjson": {"schema": {"type": "string"}, "example": _LINES},
             "application/json": {
                 "schema": {"oneOf": [_EVENT_SCHEMA, _BATCH_SCHEMA]},
                 "examples": {
                     "one event": {"value": _EVENT},
                     "a batch": {"value": {"events": [_EVENT, _RETRIEVAL]}},
                 },
-            }
+            },
         },
     }
 }
@@ -195,7 +217,7 @@ POST_EVENTS_RESPONSES: _Responses = {
     415: _error(
         "The body's type or encoding is not understood.",
         "Unsupported content type",
-        "Content-Type must be application/json",
+        "Content-Type must be application/json or application/x-ndjson",
     ),
     422: _error(
         "No event is valid.",
@@ -204,16 +226,18 @@ POST_EVENTS_RESPONSES: _Responses = {
         index=0,
         rejected=[{**_REJECTED, "index": 0}],
     ),
-    **_UNAUTHORIZED,
-    **_UNAVAILABLE,
+    **_SLOW_BODY,
+    **_ALWAYS,
 }
 
 
 def _reads(description: str, example: Any) -> _Responses:
-    return {200: _answer(description, example), **_NOT_FOUND, **_BAD_QUERY, **_UNAUTHORIZED, **_UNAVAILABLE}
+    return {200: _answer(description, example), **_NOT_FOUND, **_BAD_QUERY, **_ALWAYS}
 
 
-EVENTS_RESPONSES = _reads("The events.", {"run_id": "rag-001", "events": [_EVENT], "total": 5, "returned": 1})
+EVENTS_RESPONSES = _reads(
+    "The events.", {"run_id": "rag-001", "events": [_EVENT], "total": 5, "returned": 1, "next_cursor": "17"}
+)
 METRICS_RESPONSES = _reads("The metrics.", {"run_id": "rag-001", "metrics": [_METRIC], "total": 4, "returned": 1})
 SUMMARY_RESPONSES = _reads("The summary.", _SUMMARY)
 DEBUG_RESPONSES = _reads(
@@ -248,4 +272,172 @@ DEBUG_RESPONSES = _reads(
 DEBUG_RESPONSES[200]["content"]["text/markdown"] = {
     "schema": {"type": "string"},
     "example": "# Debug report: rag-001\n",
+}
+
+RUNS_RESPONSES: _Responses = {
+    200: _answer(
+        "The runs.",
+        {
+            "runs": [
+                {
+                    "run_id": "rag-001",
+                    "total_events": 972,
+                    "error_count": 3,
+                    "first_event_at": "2026-01-07T10:00:00+00:00",
+                    "last_event_at": "2026-01-07T10:31:07.165000+00:00",
+                }
+            ],
+            "returned": 1,
+            "next_cursor": None,
+        },
+    ),
+    **_BAD_QUERY,
+    **_ALWAYS,
+}
+TRACES_RESPONSES = _reads(
+    "The traces.",
+    {
+        "run_id": "rag-001",
+        "traces": [
+            {
+                "trace_id": _EVENT["trace_id"],
+                "name": "answer_question",
+                "status": "success",
+                "started_at": "2026-01-07T10:00:00+00:00",
+                "finished_at": "2026-01-07T10:00:00.165000+00:00",
+                "duration_ms": 165.0,
+                "stage_count": 1,
+                "error_count": 0,
+                "complete": True,
+                "stages": [
+                    {
+                        "stage_id": _EVENT["stage_id"],
+                        "parent_stage_id": "input-123",
+                        "stage_type": "query_rewrite",
+                        "stage_name": "query_rewriter_v2",
+                        "status": "success",
+                        "started_at": "2026-01-07T10:00:00+00:00",
+                        "duration_ms": 45.2,
+                    }
+                ],
+            }
+        ],
+        "returned": 1,
+        "next_cursor": None,
+    },
+)
+STORE_METRICS_RESPONSES = _reads("The metrics are stored.", {"run_id": "rag-001", "stored": 4})
+_UNSUPPORTED: _Responses = {
+    501: _error("The database is of a kind that cannot do that.", "Not supported", "EvalVault's storage ...")
+}
+DELETE_RESPONSES: _Responses = {**_reads("The run is deleted.", {"run_id": "rag-001", "deleted": 972}), **_UNSUPPORTED}
+
+
+def _streams(description: str, **examples: str) -> _Responses:
+    content = {
+        media_type.replace("_", "/", 1): {"schema": {"type": "string"}, "example": example}
+        for media_type, example in examples.items()
+    }
+    return {200: {"description": description, "content": content}, **_BAD_QUERY, **_ALWAYS}
+
+
+EXPORT_RESPONSES: _Responses = {
+    **_streams("The events.", **{"application_x-ndjson": _LINES, "text_csv": "run_id,stage_id,parent_stage_id\r\n"}),
+    **_NOT_FOUND,
+}
+LIVE_RESPONSES = _streams(
+    "Events, as they are stored, without end.",
+    **{"text_event-stream": 'event: stage\nid: 17\ndata: {"run_id": "rag-001"}\n\n'},
+)
+
+_OTLP_EXAMPLE = {
+    "resourceSpans": [
+        {
+            "resource": {"attributes": [{"key": "service.name", "value": {"stringValue": "rag-service"}}]},
+            "scopeSpans": [
+                {
+                    "spans": [
+                        {
+                            "traceId": _EVENT["trace_id"],
+                            "spanId": _EVENT["span_id"],
+                            "name": "retrieve",
+                            "startTimeUnixNano": "1730000000000000000",
+                            "endTimeUnixNano": "1730000000500000000",
+                            "attributes": [{"key": "rag.module", "value": {"stringValue": "retrieve"}}],
+                        }
+                    ]
+                }
+            ],
+        }
+    ]
+}
+_OTLP_JSON = {"schema": {"type": "object"}, "example": _OTLP_EXAMPLE}
+POST_OTLP_JSON: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": _OTLP_JSON}}}
+POST_TRACES: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "X-EvalVault-Run-Id",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "The run of all spans.",
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "description": "An ExportTraceServiceRequest; `Content-Encoding` may be `gzip` or `zstd`.",
+        "content": {
+            "application/x-protobuf": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": _OTLP_JSON,
+        },
+    },
+}
+_STATUS = {"code": 3, "message": "Malformed protobuf: ..."}
+POST_TRACES_RESPONSES: _Responses = {
+    200: _answer("The spans are stored, but for those that are counted here.", {"partialSuccess": {}}),
+    **{
+        status: _answer(description, _STATUS)
+        for status, description in {
+            400: "The body is no request of OTLP's; do not send it again.",
+            401: "The token is missing, or unknown.",
+            403: "The token does not allow that.",
+            408: "The body takes too long to arrive.",
+            413: "The request is over a limit.",
+            415: "The body's type or encoding is not understood.",
+            429: "The rate limit is reached; send the same again after `Retry-After`.",
+            503: "Send the same again after `Retry-After`.",
+        }.items()
+    },
+}
+POST_LINES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/jsonl": {"schema": {"type": "string"}, "example": _LINES}},
+    }
+}
+_DRAFTED_ERROR = {"status": "error", "error_code": "invalid_payload", "message": "stage_type is required"}
+DRAFTED_RESPONSES: _Responses = {
+    200: _answer("Stored.", {"status": "ok", "run_id": "rag-001", "ingested": 5, "message": "stored stage events"}),
+    **{
+        status: _answer(description, _DRAFTED_ERROR)
+        for status, description in {
+            400: "The body cannot be parsed.",
+            401: "The token is missing, or unknown.",
+            403: "The token does not allow that.",
+            408: "The body takes too long to arrive.",
+            413: "The request is over a limit.",
+            415: "The body's type or encoding is not understood.",
+            422: "A field is missing, or not what it may be.",
+            429: "The rate limit is reached.",
+            503: "Nothing was stored; try again later.",
+        }.items()
+    },
+}
+READY_RESPONSES: _Responses = {200: _answer("Events can be stored.", {"status": "ready"}), **_UNAVAILABLE}
+PROMETHEUS_RESPONSES: _Responses = {
+    200: {
+        "description": "The metrics.",
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": "evalvault_server_events_total 1.0\n"}},
+    },
+    **_ALWAYS,
 }

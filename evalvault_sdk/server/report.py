@@ -65,6 +65,10 @@ _ADVICE: Mapping[str, tuple[str, str]] = {
     ),
 }
 _SLOW = ("Stages of this type are too slow", "look at the slowest ones; cache, batch, or shrink their input")
+_UNRECORDED = (
+    "Retrieval stages do not say what they found",
+    "record attributes.doc_ids (and scores), without which retrieval cannot be judged",
+)
 _FALLBACK = (
     "A metric misses its threshold",
     "look at the stages where it fails, and whether the threshold suits them",
@@ -82,13 +86,18 @@ class FailureTally:
         self._judged: dict[str, int] = {}
         self._failed: dict[str, int] = {}
         self._worst: dict[str, StageMetric] = {}
+        #: Retrieval stages without ids of documents: nothing was found, or nothing was recorded?
+        self._unrecorded = 0
 
     def add(self, metric: StageMetric) -> None:
         """Take one metric into account."""
         passed = metric.passed
+        name = metric.metric_name
+        if name == "retrieval.result_count" and metric.evidence and metric.evidence.get("missing"):
+            self._unrecorded += 1
+            return
         if passed is None:
             return
-        name = metric.metric_name
         self._judged[name] = self._judged.get(name, 0) + 1
         if passed:
             return
@@ -120,7 +129,11 @@ class FailureTally:
             if known is None or metric.shortfall > known.shortfall:
                 by_component[component] = metric
         ranked = sorted(by_component.items(), key=lambda item: -item[1].shortfall)
-        return [self._recommendation(component, metric) for component, metric in ranked]
+        advice = [self._recommendation(component, metric) for component, metric in ranked]
+        if self._unrecorded:
+            title, hint = _UNRECORDED
+            advice.append(f"[p2_medium] retriever: {title} - {hint} (in {self._unrecorded} stages)")
+        return advice
 
     def _recommendation(self, component: str, metric: StageMetric) -> str:
         name = metric.metric_name

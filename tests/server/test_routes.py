@@ -21,8 +21,7 @@ import pytest
 import requests
 
 from evalvault_sdk import ConfigurationError
-from evalvault_sdk.server import create_app, create_router
-from evalvault_sdk.server.ingest import IngestLimits
+from evalvault_sdk.server import create_app, mount
 from evalvault_sdk.server.store import SQLiteStore, open_store
 from tests.support import LiveServer, live_server
 
@@ -269,7 +268,7 @@ def test_gzip_is_understood_and_a_bomb_is_not_unpacked(server: LiveServer, run: 
     [
         ({"Content-Type": "text/xml"}, "Content-Type must be application/json"),
         ({"Content-Type": ""}, "Content-Type must be application/json"),
-        ({"Content-Encoding": "br"}, "Content-Encoding must be gzip or absent"),
+        ({"Content-Encoding": "br"}, "Content-Encoding must be gzip, zstd, or absent"),
     ],
 )
 def test_what_is_not_understood_is_said(server: LiveServer, run: str, headers: dict[str, str], words: str) -> None:
@@ -421,16 +420,16 @@ def test_nothing_of_the_content_is_logged(tmp_path: Path, run: str) -> None:
 
 
 def test_the_router_keeps_its_answers_in_another_app(tmp_path: Path, run: str) -> None:
-    from fastapi import Depends, FastAPI, HTTPException
+    from fastapi import FastAPI, HTTPException
 
     store = open_store(str(tmp_path / "x.db"))
     app = FastAPI()
-    app.include_router(create_router(store), prefix="/evalvault")
+    mount(app, store=store, prefix="/evalvault", insecure=True)
 
     def refuse() -> None:
         raise HTTPException(401, "who are you?", {"WWW-Authenticate": "Bearer"})
 
-    app.include_router(create_router(store), prefix="/guarded", dependencies=[Depends(refuse)])
+    mount(app, store=store, prefix="/guarded", dependencies=[refuse])
 
     def ask(method: str, path: str, body: Any = None) -> Any:
         return ask_app(app, body, method, path)
@@ -476,9 +475,12 @@ def test_a_failing_database_is_an_answer_and_a_line_in_the_log(tmp_path: Path, r
 
 def test_requests_beyond_what_may_wait_are_told_to_come_again(tmp_path: Path, run: str) -> None:
     store = open_store(str(tmp_path / "x.db"))
-    app = create_app(store=store, limits=IngestLimits(max_waiting_requests=0))
+    app = create_app(store=store, max_waiting_requests=1)
+    app.state.evalvault.bodies.requests = 1
     status, answer = asyncio.run(ask_app(app, stage(run)))
     assert (status, answer["error"]) == (503, "Overloaded")
+    app.state.evalvault.bodies.requests = 0
+    assert asyncio.run(ask_app(app, stage(run)))[0] == 200
     store.close()
 
 

@@ -1,0 +1,138 @@
+"""
+Store the events of many requests in few transactions.
+
+In:   batches of valid events, from requests that are being answered at the same time.
+Out:  for each batch a future, which holds what the store refused of it once the rest is durable.
+
+A few threads (one, where the store writes one transaction at a time) take all that waits and store it
+together: what arrives while one commit waits for the disk is the next one. What may wait is bounded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+import attrs
+
+from evalvault_sdk.errors import StoreError
+from evalvault_sdk.events import StageEvent
+from evalvault_sdk.server.answers import come_again
+from evalvault_sdk.server.store.base import Store
+
+#: Events stored in one transaction; one request may have more.
+_GROUP_EVENTS = 10_000
+#: Events that may wait for one: some seconds' worth.
+_MAX_WAITING_EVENTS = 100_000
+
+Refused = Mapping[int, str]
+
+
+@attrs.frozen
+class _Waiting:
+    events: Sequence[StageEvent]
+    done: Future[Refused]
+
+
+class GroupCommit:
+    """The one way into the store."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        on_commit: Callable[[], None] = lambda: None,
+        on_timed: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """
+        Store into `store`, with as many threads as it can use.
+
+        `on_commit` is called after each transaction, `on_timed` with the seconds that it took, in a thread.
+        """
+        self._store = store
+        self._on_commit = on_commit
+        self._on_timed = on_timed
+        self._waiting: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        #: Events that wait, or are being stored.
+        self.waiting_events = 0
+
+    def submit(self, events: Sequence[StageEvent]) -> Future[Refused]:
+        """
+        Have `events` stored; the future fails with `StoreError` if none of them is.
+
+        Raises `ApiError` when too many wait already.
+        """
+        waiting = _Waiting(events, Future())
+        with self._changed:
+            if self._closed or (self.waiting_events and self.waiting_events + len(events) > _MAX_WAITING_EVENTS):
+                raise come_again(
+                    "Overloaded", "too many events wait to be stored; try again later", reason="overloaded"
+                )
+            self._waiting.append(waiting)
+            self.waiting_events += len(events)
+            self._start_threads()
+            self._changed.notify()
+        return waiting.done
+
+    def close(self) -> None:
+        """Store what waits, then end. What comes later is told to come again."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _start_threads(self) -> None:
+        # With the first batch, not before: a process may fork until then.
+        while len(self._threads) < self._store.writers:
+            name = f"evalvault-commit-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def _run(self) -> None:
+        while group := self._take():
+            self._save(group)
+            with self._changed:
+                self.waiting_events -= sum(len(waiting.events) for waiting in group)
+
+    def _take(self) -> list[_Waiting]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            group: list[_Waiting] = []
+            size = 0
+            while self._waiting and (not group or size + len(self._waiting[0].events) <= _GROUP_EVENTS):
+                group.append(self._waiting.popleft())
+                size += len(group[-1].events)
+            return group
+
+    def _save(self, group: Sequence[_Waiting]) -> None:
+        events = [event for waiting in group for event in waiting.events]
+        started = time.perf_counter()
+        try:
+            refused = self._store.save(events)
+        except StoreError as error:
+            for waiting in group:
+                waiting.done.set_exception(error)
+            return
+        except Exception as error:  # noqa: BLE001 - a fault of ours, and each request has to be answered
+            if len(group) > 1:  # which the neighbours of the one that brings it about need not feel
+                for waiting in group:
+                    self._save([waiting])
+            else:
+                group[0].done.set_exception(error)
+            return
+        finally:
+            self._on_timed(time.perf_counter() - started)
+        start = 0
+        for waiting in group:
+            end = start + len(waiting.events)
+            mine = {index - start: why for index, why in refused.items() if start <= index < end} if refused else {}
+            waiting.done.set_result(mine)
+            start = end
+        self._on_commit()

@@ -1,0 +1,146 @@
+"""
+The server as a program: processes, sockets, signals.
+
+In:   the settings.
+Out:  requests answered, until SIGINT or SIGTERM; those under way are finished first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import ssl
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from evalvault_sdk.errors import ConfigurationError, MissingDependencyError
+from evalvault_sdk.server.app import create_app
+from evalvault_sdk.server.criteria import Criteria
+from evalvault_sdk.server.security import Guard, check_exposure
+from evalvault_sdk.server.settings import ServerSettings
+from evalvault_sdk.server.store import open_store
+from evalvault_sdk.server.telemetry import MULTIPROCESS_DIR, forget_dead_processes, set_up_logging
+
+try:
+    import uvicorn
+except ImportError as missing:
+    raise MissingDependencyError.for_extra("serving", "server", missing) from missing
+
+#: Seconds that requests under way may take once the server is to end.
+_GRACE_S = 30
+#: Connections that wait to be accepted.
+_BACKLOG = 2048
+
+
+def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """
+    Serve until SIGINT or SIGTERM; requests under way are finished first.
+
+    `on_ready` is told the address once it is ours. Raises `ConfigurationError` for settings that cannot work
+    and an address that cannot be had, `StoreError` when the database cannot be opened.
+    """
+    check_exposure(settings.host, guarded=not Guard.of(settings).is_open, insecure=settings.insecure)
+    Criteria.of(settings)
+    _check_tls(settings)
+    if settings.workers > 1 and not settings.db.startswith(("postgresql://", "postgres://")):
+        raise ConfigurationError(
+            f"{settings.workers} workers need PostgreSQL (--db postgresql://...): an SQLite file has one writer"
+        )
+    _raise_file_limit()
+    set_up_logging(settings.log_format)
+    with _listen(settings.host, settings.port) as listening:
+        host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listening.getsockname()[1]
+        url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
+        if settings.workers == 1:
+            app = create_app(settings=settings)
+            on_ready(url)
+            uvicorn.Server(uvicorn.Config(app, **_options(settings))).run(sockets=[listening])
+            return
+    open_store(settings.db).close()  # says now, once, what is wrong with it
+    on_ready(url)
+    _run_workers(settings)
+
+
+def _run_workers(settings: ServerSettings) -> None:
+    """Let uvicorn start processes, and replace those that die. They read the settings from variables."""
+    os.environ.update(settings.as_variables())
+    folder = os.environ[MULTIPROCESS_DIR] = tempfile.mkdtemp(prefix="evalvault-metrics-")
+    try:
+        uvicorn.run(
+            f"{__name__}:create_worker_app",
+            factory=True,
+            workers=settings.workers,
+            host=settings.host,
+            port=settings.port,
+            **_options(settings),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def create_worker_app() -> Any:
+    """Return the app of one of several processes."""
+    settings = ServerSettings.resolve()
+    set_up_logging(settings.log_format)
+    forget_dead_processes()
+    return create_app(settings=settings)
+
+
+def _options(settings: ServerSettings) -> dict[str, Any]:
+    return {
+        "access_log": False,  # a line per batch tells nobody anything; ours names what failed
+        "log_config": None,
+        "server_header": False,
+        "backlog": _BACKLOG,
+        "timeout_graceful_shutdown": _GRACE_S,
+        "ssl_certfile": settings.tls_cert,
+        "ssl_keyfile": settings.tls_key,
+        "ws_max_size": 1 << 16,  # nobody has anything to say to us over a WebSocket
+    }
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen(_BACKLOG)
+        except (OSError, UnicodeError) as error:
+            raise ConfigurationError(
+                f"cannot listen on {host} port {port} ({error.strerror or error}): give another --host or --port"
+                if isinstance(error, OSError)
+                else f"{host!r} is no address to listen on"
+            ) from None
+        yield listening
+
+
+def _check_tls(settings: ServerSettings) -> None:
+    if settings.tls_cert is None:
+        if settings.tls_key is not None:
+            raise ConfigurationError("tls_key needs tls_cert: a key alone serves nothing")
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(
+            f"tls_cert {settings.tls_cert} and tls_key {settings.tls_key} cannot be used: "
+            f"{getattr(error, 'strerror', None) or error}; both must be PEM, and belong together"
+        ) from None
+
+
+def _raise_file_limit() -> None:
+    """Allow as many connections as the system does: the usual 1,024 are fewer than a fleet has."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

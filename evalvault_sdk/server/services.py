@@ -1,0 +1,114 @@
+"""
+What the endpoints work with, as one thing to hand around and to close.
+
+In:   a store, and the settings.
+Out:  the parts that stand between a request and the store: guard, limits, group commit, reader, live streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from anyio import CapacityLimiter, to_thread
+
+from evalvault_sdk.errors import StoreError
+from evalvault_sdk.server.answers import come_again
+from evalvault_sdk.server.body import Body, BodyBudget
+from evalvault_sdk.server.commit import GroupCommit
+from evalvault_sdk.server.criteria import Criteria
+from evalvault_sdk.server.ingest import Submission
+from evalvault_sdk.server.limiter import RateLimiter
+from evalvault_sdk.server.live import LiveFeed
+from evalvault_sdk.server.reader import RunReader
+from evalvault_sdk.server.retention import Retention
+from evalvault_sdk.server.security import Access, Guard
+from evalvault_sdk.server.settings import ServerSettings
+from evalvault_sdk.server.store.base import Store
+from evalvault_sdk.server.telemetry import Telemetry
+
+#: Bodies parsed at once: each may cost some hundred megabytes. Reads have threads of their own.
+_PARSERS = 4
+
+
+class Services:
+    """Everything between a request and the store, of one app."""
+
+    def __init__(self, store: Store, settings: ServerSettings) -> None:
+        """Raise `ConfigurationError` for a file of settings that cannot be used. Whoever made the store closes it."""
+        self.store = store
+        self.settings = settings
+        self.guard = Guard.of(settings)
+        self.reader = RunReader(store, Criteria.of(settings))
+        self.bodies = BodyBudget(settings)
+        self.limiter = RateLimiter(settings.rate_limit) if settings.rate_limit else None
+        self.live = LiveFeed(store, max_streams=settings.max_live_streams)
+        self.telemetry = telemetry = Telemetry()
+        self.commit = GroupCommit(store, on_commit=self.live.stored, on_timed=telemetry.store_seconds.observe)
+        self.retention = Retention(store, settings, on_deleted=telemetry.deleted.inc)
+        self._parsers: CapacityLimiter | None = None
+
+    def start(self) -> None:
+        """Begin what happens without being asked."""
+        self.retention.start()
+
+    def close(self) -> None:
+        """Store what was accepted, and end all threads."""
+        self.retention.close()
+        self.commit.close()
+
+    def admit(self, authorization: str | None, address: str | None, *, write: bool) -> Access:
+        """Return what the sender of a request may do. Raises `ApiError`."""
+        access = self.guard.access(authorization)
+        if self.limiter is not None:
+            self.limiter.check(f"address {address}" if self.guard.is_open else access.name)
+        access.check(write=write)
+        return access
+
+    async def take(self, body: Body, access: Access, read: Callable[[bytes], Submission]) -> Submission:
+        """
+        Unpack a body, `read` and judge what is in it, and store what is good of it.
+
+        Returns what is stored, durably, and what was refused. Raises `ApiError` and `StoreError`: then
+        nothing is known to be stored.
+        """
+        if self._parsers is None:
+            self._parsers = CapacityLimiter(_PARSERS)
+
+        def parse() -> Submission:
+            submission = read(body.unpack())
+            foreign = {
+                index: f"this token is for runs whose id begins with {access.scope}"
+                for index, event in enumerate(submission.events)
+                if not access.covers(event.run_id)
+            }
+            if foreign and len(foreign) == len(submission.events):
+                access.check_run(submission.events[0].run_id)  # raises: nothing here is the sender's
+            return submission.without(foreign)
+
+        submission = await to_thread.run_sync(parse, limiter=self._parsers)
+        if submission.events:
+            stored = asyncio.wrap_future(self.commit.submit(submission.events))
+            self.telemetry.waiting_events.set(self.commit.waiting_events)
+            # Shielded: it goes on when the client does not wait for it.
+            done, _ = await asyncio.wait([stored], timeout=self.settings.store_timeout_s)
+            if not done:
+                raise come_again(
+                    "Database slow", "storing takes too long; send the same again later", reason="database"
+                )
+            self.telemetry.waiting_events.set(self.commit.waiting_events)
+            submission = submission.without(stored.result())
+        self.telemetry.events.labels("stored").inc(len(submission.events))
+        self.telemetry.events.labels("rejected").inc(len(submission.rejected))
+        return submission
+
+    async def check_store(self) -> None:
+        """Raise `StoreError` unless the store can be reached within some seconds."""
+        try:
+            await asyncio.wait_for(to_thread.run_sync(self.store.check, abandon_on_cancel=True), _CHECK_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise StoreError(f"the database {self.store.address} does not answer") from None
+
+
+#: Seconds that a look at the store may take.
+_CHECK_TIMEOUT_S = 5.0
