@@ -103,8 +103,9 @@ def mount(
 
     Without `db` and `store`, EvalVault's settings say which database it is. `dependencies` are asked before
     every request, as FastAPI's; by default, where EvalVault is installed, its own token check. With a `token`
-    ours is asked as well. `prefix` goes before all paths. Everything else is as in `create_app`. What is opened here is closed when the app
-    ends. Raises `ConfigurationError` where nothing would check access, unless `insecure=True`.
+    ours is asked as well. `prefix` goes before all paths. Everything else is as in `create_app`. What is
+    opened here is closed when the app ends. Raises `ConfigurationError` where nothing would check access,
+    unless `insecure=True`.
     """
     if store is None and db is None:
         db = _evalvault_database()
