@@ -4,6 +4,7 @@
 #   make demo       a real RAG program, traced through a real server, shown in the terminal
 #   make test       the test suite
 #   make test-all   the test suite on every Python 3.10 to 3.13 found here
+#   make interop    the same data in our hands and in those of the real EvalVault 1.88 (Python 3.12, a gigabyte)
 #   make soak       five minutes of programs that are killed and a server that fails; SECONDS=60 SEED=7 to choose
 #   make lint       lint, format check, strict types
 #   make bench      what the speed claims rest on
@@ -14,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SECONDS ?= 300
 
-.PHONY: demo test test-all soak lint format bench dist clean
+.PHONY: demo test test-all interop interop-here soak lint format bench dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -30,6 +31,18 @@ test-all:
 	  echo "== Python $$version ($$python)"; \
 	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	done
+
+# EvalVault has an environment of its own: it pins other versions than `dev` wants, and needs a newer Python.
+interop:
+	@python=$$(sh tests/tools/find_python.sh 3.12 || sh tests/tools/find_python.sh 3.13) \
+	  || { echo "EvalVault 1.88 needs Python 3.12 or 3.13, and neither was found"; exit 1; }; \
+	$(MAKE) --no-print-directory interop-here PYTHON=$$python VENV=.venv-interop
+
+interop-here: $(VENV)/.interop $(VENV)/tokenizer
+	$(BIN)/python -m pytest tests/interop $(ARGS)
+
+$(VENV)/tokenizer: | $(BIN)/python
+	sh tests/tools/fetch_tokenizer.sh $(BIN)/python $@
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.path.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
@@ -53,7 +66,7 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-3.* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* .venv-interop build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 1; }
