@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from evalvault.adapters.inbound.api.main import create_app, require_api_token
-from evalvault.config.settings import get_settings
 from fastapi import Depends
 
 from evalvault_sdk.server import create_router
 from evalvault_sdk.server.store import open_store
+from tests.interop.real import create_app, get_settings, require_api_token
 
 
 def include_router(app: Any) -> None:

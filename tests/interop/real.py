@@ -1,8 +1,8 @@
 """
 The real EvalVault: its classes in this process, its command line and its API in processes of their own.
 
-All of them are kept to the test's folder: by default EvalVault wants PostgreSQL, writes into `data/` of the
-working directory, reads `.env` there, and starts a container where no Phoenix answers.
+The only module that imports it. All of them are kept to the test's folder: by default EvalVault wants PostgreSQL,
+writes into `data/` of the working directory, reads `.env` there, and starts a container where no Phoenix answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(sys.prefix) / "tokenizer"))
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from its dependencies: here only our own are errors
+    from evalvault.adapters.inbound.api.main import create_app, require_api_token
     from evalvault.adapters.inbound.cli.commands.stage import _load_thresholds_map as load_thresholds
     from evalvault.adapters.outbound.storage.sqlite_adapter import SQLiteStorageAdapter
+    from evalvault.config.settings import get_settings
     from evalvault.domain.entities.result import EvaluationRun
     from evalvault.domain.entities.stage import StageEvent as TheirEvent
-    from evalvault.domain.entities.stage import StageMetric as TheirMetric
     from evalvault.domain.services.debug_report_service import DebugReportService
     from evalvault.domain.services.stage_metric_service import StageMetricService
     from evalvault.domain.services.stage_summary_service import StageSummaryService
@@ -38,10 +39,12 @@ __all__ = [
     "StageMetricService",
     "StageSummaryService",
     "TheirEvent",
-    "TheirMetric",
+    "create_app",
     "evalvault",
     "evalvault_environment",
+    "get_settings",
     "load_thresholds",
+    "require_api_token",
     "tables",
 ]
 

@@ -30,10 +30,12 @@ def record_a_run(tracer: StageTracer) -> None:
     """Five questions: one fails, all are retrieved for and reranked, and none has a system prompt."""
     for number in range(5):
         with tracer.trace(test_case_id=f"tc-{number}"), tracer.stage("request", attributes={"number": number}):
-            tracer.record_stage("input", attributes={"query": f"사망보험금은 언제 지급되나요? {number}"}, duration_ms=1.5)
+            tracer.record_stage("input", attributes={"query": f"보험금은 언제 지급되나요? {number}"}, duration_ms=1.5)
             with tracer.stage("retrieval", stage_name="하이브리드 검색") as stage:
-                stage.set(doc_ids=["약관-1", "약관-7"], scores=[0.2, 0.05 * number], relevant_doc_ids=["약관-1"], top_k=2)
-            tracer.record_stage("rerank", attributes={"input_count": 8, "output_count": number}, duration_ms=900 + number)
+                stage.set(doc_ids=["약관-1", "약관-7"], scores=[0.2, 0.05 * number])
+                stage.set(relevant_doc_ids=["약관-1"], top_k=2)
+            counts = {"input_count": 8, "output_count": number}
+            tracer.record_stage("rerank", attributes=counts, duration_ms=900 + number)
             try:
                 with tracer.stage("output", attempt=number + 1) as stage:
                     stage.set(tokens_in=900, tokens_out=210, citations=["약관-1"])
