@@ -41,7 +41,7 @@ def random_attributes(rng: random.Random, stage_type: str) -> dict[str, Any]:
     scores = [round(rng.uniform(-0.2, 1.1), rng.randrange(1, 17)) for _ in range(rng.choice([count, count + 1, 1]))]
     counts = [None, -1, 0, 1, 3, 8, 250, "5", 2.7, 2**40]
     labels = [None, "ko", "en", 1, ""]
-    classification = {
+    classification: dict[str, list[Any]] = {
         "predicted_label": labels,
         "label": labels,
         "confidence": [None, 0, 0.5, 1, "0.75", "high", [0.5], {}, -3.5],
