@@ -298,11 +298,12 @@ class StageContext(Scope):
             fields["parent_stage_id"] = self.parent_stage_id
         # From here on content: the order saves the encoder from looking for secrets in what can hold none.
         fields["stage_type"] = self.stage_type
-        fields["status"] = self.status
+        # Null means the default to our server; EvalVault's ingest breaks on it, and on the file that it is in.
+        fields["status"] = "success" if self.status is None else self.status
         fields["attributes"] = as_object(self.attributes)
         if self.stage_name is not None:
             fields["stage_name"] = self.stage_name
-        if self.attempt != 1:
+        if self.attempt != 1 and self.attempt is not None:
             fields["attempt"] = self.attempt
         metadata = as_object(self.metadata)
         if self._trace.metadata:

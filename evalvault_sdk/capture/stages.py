@@ -8,6 +8,7 @@ Nothing here raises, but for `TypeError` when something is decorated that is not
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -23,7 +24,8 @@ from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext, as_object, as_reference
 from evalvault_sdk.capture.trace import TraceContext
-from evalvault_sdk.events import StageEvent, StagePayloadRef
+from evalvault_sdk.errors import InvalidStageEventError
+from evalvault_sdk.events import StageEvent, StagePayloadRef, parse_time
 from evalvault_sdk.ids import new_stage_id, span_id_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -227,6 +229,8 @@ class Stages:
                 finished_at = iso_time(now_ns)
                 if isinstance(duration_ms, (int, float)) and 0 <= duration_ms < _LONGEST_MS:
                     started_at = iso_time(now_ns - round(duration_ms * 1_000_000))
+            else:
+                started_at, finished_at = _instant(started_at), _instant(finished_at)
             fields = {
                 "run_id": recorder.run_id,
                 "stage_id": stage_id,
@@ -282,6 +286,14 @@ class Stages:
             self._recorder.fault("checking a ready-made event", error, reason="invalid")
             return None
         return event.stage_id
+
+
+def _instant(given: datetime | str | None) -> Any:
+    """Return a time given as text with its offset: EvalVault cannot compare times of which one has none."""
+    if isinstance(given, str):
+        with contextlib.suppress(InvalidStageEventError):  # left as it is, for the server to refuse by name
+            return parse_time("time", given)
+    return given
 
 
 class _Dormant(Stages):

@@ -16,6 +16,7 @@ import pytest
 from evalvault_sdk import StageEvent, StagePayloadRef, current_stage
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.log import Rarely
 from tests.support import ListSink
 
@@ -453,3 +454,22 @@ def test_methods_and_callable_objects_are_measured(recorder: Recorder, sink: Lis
     assert StageContext(recorder, "object")(Prompt())() == 8
     assert [event["stage_type"] for event in sink.events][-2:] == ["async object", "object"]
     assert sink.events[-2]["duration_ms"] >= 10
+
+
+def test_times_given_as_text_leave_with_an_offset_and_others_as_they_are(recorder: Recorder, sink: ListSink) -> None:
+    stages = Stages(recorder)
+    stages.record_stage("x", started_at="2026-01-07T10:00:00", finished_at="2026-01-07 10:00:01.5 +00:00")
+    stages.record_stage("x", started_at="yesterday", finished_at="2026-01-07T10:00:00Z")
+    mended, refused = sink.events
+    assert mended["started_at"] == "2026-01-07T10:00:00+00:00"
+    assert mended["finished_at"] == "2026-01-07T10:00:01.500000+00:00"
+    assert refused["started_at"] == "yesterday", "the server names it"
+
+
+def test_a_status_or_attempt_that_was_taken_away_is_the_default(recorder: Recorder, sink: ListSink) -> None:
+    with Stages(recorder).stage("x") as stage:
+        stage.status = None  # type: ignore[assignment]
+        stage.attempt = None  # type: ignore[assignment]
+    (event,) = sink.events
+    assert event["status"] == "success"
+    assert "attempt" not in event

@@ -47,6 +47,9 @@ def errors(tracer: StageTracer) -> None:
         raise asyncio.CancelledError
     with tracer.stage("말한 대로") as stage:
         stage.status = "degraded"
+    with tracer.stage("unsaid") as stage:
+        stage.status = None  # type: ignore[assignment]
+        stage.attempt = None  # type: ignore[assignment]
 
 
 def functions(tracer: StageTracer) -> None:
@@ -100,6 +103,9 @@ def times(tracer: StageTracer) -> None:
         ("2026-01-07T10:00:00+09:00", "2026-01-07T01:00:00.5Z"),
         ("2026-01-07T10:00:00+09:00", "2026-01-07T01:00:00.5+00:00"),
         ("2026-01-07T01:00:00", "2026-01-07T01:00:00.123456"),
+        ("2026-01-07T01:00:00", "2026-01-07T10:00:00.5+09:00"),
+        ("2026-01-07 10:00:00 +09:00", "2026-01-07T01:00:00.123456789z"),
+        (moment.replace(tzinfo=None), "2026-01-07T10:00:01Z"),
     ]:
         tracer.record_stage("timed", started_at=started_at, finished_at=finished_at)
     for duration_ms in (0, 7, 1e-6, 86_400_000.5):
@@ -166,6 +172,7 @@ def sent_by(form: Callable[[StageTracer], object], **options: Any) -> list[dict[
 
 
 def assert_equal_in_evalvault(sent: dict[str, Any]) -> None:
+    """Check that EvalVault reads what was sent, and writes it equal."""
     came = TheirEvent.from_dict(sent).to_dict()
     trace = came.pop("trace")
     came = {**came, **trace}
@@ -177,7 +184,9 @@ def assert_equal_in_evalvault(sent: dict[str, Any]) -> None:
             whole[name] = {"type": "json", **whole[name]}
     for name in ("started_at", "finished_at"):
         if whole[name] is not None:
-            whole[name] = datetime.fromisoformat(whole[name].replace("Z", "+00:00")).isoformat()
+            moment = datetime.fromisoformat(whole[name])
+            assert moment.utcoffset() is not None
+            whole[name] = moment.isoformat()
     if whole["duration_ms"] is None and whole["started_at"] and whole["finished_at"]:
         elapsed = datetime.fromisoformat(whole["finished_at"]) - datetime.fromisoformat(whole["started_at"])
         whole["duration_ms"] = elapsed.total_seconds() * 1000
