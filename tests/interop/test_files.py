@@ -221,7 +221,7 @@ def test_an_event_sent_again_through_the_other_side_is_stored_once(tmp_path: Pat
             assert {event["stage_id"]: event["attempt"] for event in events} == {"s1": 2, "s2": 3}
 
 
-# -- what waits in the spool -------------------------------------------------------------------------
+# -- without a server of ours ------------------------------------------------------------------------
 
 
 def test_what_was_spooled_in_an_outage_goes_in_through_evalvaults_own_ingest(tmp_path: Path) -> None:
@@ -231,14 +231,36 @@ def test_what_was_spooled_in_an_outage_goes_in_through_evalvaults_own_ingest(tmp
     with tracer:
         record_a_run(tracer)
     assert tracer.stats().spooled == 25
-    segments = sorted(Path(os.environ["EVALVAULT_SPOOL_DIR"]).glob("*/*-*-*.jsonl"))
-    spooled = [event for segment in segments for event in lines_of(segment)]
-    assert len(spooled) == 25
+    assert_ingested_whole(run_id, sorted(Path(os.environ["EVALVAULT_SPOOL_DIR"]).glob("*/*-*-*.jsonl")), tmp_path)
 
-    db = tmp_path / "carried.db"
-    for segment in segments:
-        output = evalvault("stage", "ingest", segment, "--db", db, cwd=tmp_path)
-        assert f"Stored {len(lines_of(segment))} stage event(s)." in output
-        assert f"Run {run_id} | Events: {len(lines_of(segment))}" in output
+
+def test_a_file_to_be_carried_by_hand_goes_in_through_evalvaults_own_ingest(tmp_path: Path) -> None:
+    run_id = f"carried-{uuid.uuid4()}"
+    path = tmp_path / "to carry.jsonl"
+    with StageTracer(run_id, file=str(path)) as tracer:
+        record_a_run(tracer)
+        assert tracer.shutdown(10).complete
+    assert_ingested_whole(run_id, [path], tmp_path)
+
+
+def assert_ingested_whole(run_id: str, paths: list[Path], folder: Path) -> None:
+    db = folder / "carried.db"
+    for path in paths:
+        output = evalvault("stage", "ingest", path, "--db", db, cwd=folder)
+        assert f"Stored {len(lines_of(path))} stage event(s)." in output
+        assert f"Run {run_id} | Events: {len(lines_of(path))}" in output
+    recorded = [event for path in paths for event in lines_of(path)]
+    assert len(recorded) == 25
     stored = SQLiteStorageAdapter(db).list_stage_events(run_id)
-    assert [StageEvent.from_dict(event.to_dict()) for event in stored] == [StageEvent.from_dict(e) for e in spooled]
+    assert [StageEvent.from_dict(event.to_dict()) for event in stored] == [StageEvent.from_dict(e) for e in recorded]
+
+
+def test_a_client_writes_straight_into_evalvaults_own_file(tmp_path: Path) -> None:
+    adapter = SQLiteStorageAdapter(tmp_path / "evalvault.db")
+    adapter.save_stage_events([TheirEvent(run_id="own", stage_type="theirs", stage_id="t")])
+    with StageTracer("own", db_path=str(adapter.db_path)) as tracer:
+        record_a_run(tracer)
+        assert tracer.shutdown(10).complete
+    stored = adapter.list_stage_events("own")
+    assert len(stored) == 26
+    assert [event.stage_type for event in stored][:4] == ["theirs", "input", "retrieval", "rerank"]
