@@ -11,21 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from fastapi import Depends
 
-from evalvault_sdk.server import create_router
-from evalvault_sdk.server.store import open_store
-from tests.interop.real import create_app, get_settings, require_api_token
+from evalvault_sdk.server import mount
+from evalvault_sdk.server.store.evalvault import EvalVaultStore
+from tests.interop.real import create_app, require_api_token
 
 
-def include_router(app: Any) -> None:
-    """Add our endpoints as EvalVault adds its own routers: under its token check."""
-    store = open_store(get_settings().evalvault_db_path)
-    app.include_router(create_router(store), dependencies=[Depends(require_api_token)])
+def plain_mount(app: Any) -> None:
+    """Add our endpoints over the database that EvalVault's settings name, under its token check."""
+    mount(app)
+
+
+def mount_over_its_port(app: Any) -> None:
+    """Add our endpoints over EvalVault's own storage adapter."""
+    mount(app, store=EvalVaultStore(), dependencies=[require_api_token])
 
 
 #: Every way to bring our endpoints into EvalVault's app.
-WAYS: dict[str, Callable[[Any], None]] = {"include_router": include_router}
+WAYS: dict[str, Callable[[Any], None]] = {"mount": plain_mount, "port": mount_over_its_port}
 
 if __name__ == "__main__":
     application = create_app()
