@@ -32,8 +32,8 @@ _METADATA: Mapping[str, tuple[str, ...]] = {
     "test_case_id": ("evalvault.test_case_id", "test_case_id"),
     "tags": ("tag.tags",),
 }
-#: Fields that are known after what the sender calls metadata was read.
-_SET_LATER = ("events", "status_message", "resource")
+#: Fields of our own that are set after what the sender calls metadata was read.
+_SET_LATER = ("events", "status_message", "resource", "metadata")
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _EXCEPTION = "exception"
 
@@ -113,15 +113,19 @@ def _failure(words: Words, span: Span) -> tuple[dict[str, Any], list[SpanEvent]]
     exception = _last_exception(span.events)
     said = {} if exception is None else exception.attributes
     own = words.left.pop("error", None)
-    own = own if isinstance(own, str) else ""
     error: dict[str, Any] = {}
-    for what, otherwise in (("type", "Error"), ("message", span.status_message or own)):
+    for what, otherwise in (
+        ("type", "Error"),
+        ("message", span.status_message or (own if isinstance(own, str) else "")),
+    ):
         error[what] = said.get(f"exception.{what}") or words.left.get(f"error.{what}") or otherwise
         if words.left.get(f"error.{what}") == error[what]:
             del words.left[f"error.{what}"]
     stacktrace = said.get("exception.stacktrace")
     if stacktrace:
         error["stacktrace"] = stacktrace
+    if own and own is not True and own != error["message"]:
+        error["value"] = own  # the name is taken, what it said is not lost
     return error, [event for event in span.events if event is not exception]
 
 

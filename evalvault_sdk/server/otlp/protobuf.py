@@ -29,6 +29,9 @@ _RESOURCE_SPANS = 1
 _RESOURCE, _SCOPE_SPANS = 1, 2
 _SCOPE, _SPANS = 1, 2
 
+#: Where protobuf has no compiled part, it lets errors of Python through: a UnicodeDecodeError for one.
+_PARSE_ERRORS = (DecodeError, RecursionError, ValueError)
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 #: A varint has up to 64 bits, 7 in a byte.
 _MAX_VARINT_BYTES = 10
@@ -50,7 +53,7 @@ def _parse(kind: Any, message: bytes, number: int, bounds: Bounds) -> Any:
     # A message may come in pieces, and protobuf merges those that follow each other ("Last One Wins").
     try:
         return kind.FromString(b"".join(_messages(message, number, bounds)))
-    except (DecodeError, RecursionError):
+    except _PARSE_ERRORS:
         raise _malformed(f"its {kind.DESCRIPTOR.name} is no valid message") from None
 
 
@@ -98,7 +101,7 @@ def _span(message: bytes, resource: dict[str, Any], scope: Scope, bounds: Bounds
         raise InvalidSpanError(f"it is larger than {MAX_SPAN_BYTES} bytes")
     try:
         span = trace_pb2.Span.FromString(message)
-    except (DecodeError, RecursionError):
+    except _PARSE_ERRORS:
         raise InvalidSpanError("it is no valid protobuf message, or is nested too deeply") from None
     return Span(
         trace_id=span.trace_id.hex(),

@@ -15,8 +15,6 @@ from typing import Any
 
 import attrs
 
-from evalvault_sdk.errors import EvalVaultError
-
 #: By number in the protocol (`Span.SpanKind`); a number that is not known yet counts as the first.
 KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")
 #: By number in the protocol (`Status.StatusCode`).
@@ -30,7 +28,7 @@ _MAX_SCOPE_NAME = 256
 _TIMES = range(2**64)
 
 
-class InvalidSpanError(EvalVaultError, ValueError):
+class InvalidSpanError(ValueError):
     """A span breaks a rule of OpenTelemetry; the message names the field, and no value of it."""
 
 

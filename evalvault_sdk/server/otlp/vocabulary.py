@@ -186,8 +186,9 @@ def attributes_of(words: Words, stage_type: str) -> dict[str, Any]:
     for name, names in _LISTS.items():
         for called in names:
             if called in lists:
-                # A second list of the same kind keeps its own name.
-                words.say(called if words.knows(name) else name, lists[called])
+                # A second list of the same kind keeps its own name, or gets one.
+                names_for_it = (name, called, f"{called}.list")
+                words.say(next(free for free in names_for_it if not words.knows(free)), lists[called])
             else:
                 words.translate(name, called, read=documents.listed if name in _DOCUMENTS else _list)
     for name, names in _NAMES.items():

@@ -468,6 +468,11 @@ def test_messages_are_put_together_with_their_tool_calls() -> None:
     }
 
 
+def test_a_list_whose_names_are_taken_is_not_lost() -> None:
+    event = event_with({"tools": "own", "llm.tools": "also own", "llm.tools.0.tool.name": "days"})
+    assert event.attributes == {"tools": "own", "llm.tools": "also own", "llm.tools.list": [{"name": "days"}]}
+
+
 def test_messages_of_the_semantic_conventions_are_read_from_their_json() -> None:
     message = {"role": "user", "parts": [{"type": "text", "content": "며칠?"}]}
     for written in (json.dumps([message]), [message]):
@@ -520,7 +525,7 @@ def test_what_is_known_elsewhere_becomes_metadata() -> None:
             "user.id": "u-1",
             "evalvault.test_case_id": "tc-1",
             "tag.tags": ["demo"],
-            "metadata": '{"tenant": "hr", "span_kind": "mine"}',
+            "metadata": '{"tenant": "hr", "span_kind": "mine", "metadata": 1}',
         },
         {"service.name": "rag", "deployment.environment": "dev"},
         kind=2,
@@ -537,7 +542,7 @@ def test_what_is_known_elsewhere_becomes_metadata() -> None:
     assert event.attributes == {}
     assert event.metadata == {
         "tenant": "hr",
-        "metadata": {"span_kind": "mine"},
+        "metadata": {"span_kind": "mine", "metadata": 1},
         "span_kind": "server",
         "session_id": "s-1",
         "user_id": "u-1",
@@ -586,6 +591,8 @@ def test_a_failed_span_says_what_its_last_exception_was() -> None:
         ({"error.type": "503"}, "no answer", {"type": "503", "message": "no answer"}),
         ({"error": True}, "", {"type": "Error", "message": ""}),
         ({"error": "refused"}, "", {"type": "Error", "message": "refused"}),
+        ({"error": "refused"}, "no answer", {"type": "Error", "message": "no answer", "value": "refused"}),
+        ({"error": "no answer"}, "no answer", {"type": "Error", "message": "no answer"}),
     ],
 )
 def test_a_failed_span_without_an_exception_says_what_its_status_says(
