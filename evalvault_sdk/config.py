@@ -68,7 +68,7 @@ class Settings:
         validator=checks.is_path,
     )
     db_path: str | None = setting(
-        "EVALVAULT_DB_PATH",
+        "EVALVAULT_SDK_DB_PATH",
         "Instead of sending: store events in this database file, without a server.",
         default=None,
         converter=checks.as_path,

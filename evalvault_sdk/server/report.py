@@ -65,10 +65,11 @@ _ADVICE: Mapping[str, tuple[str, str]] = {
     ),
 }
 _SLOW = ("Stages of this type are too slow", "look at the slowest ones; cache, batch, or shrink their input")
-_UNRECORDED = (
-    "Retrieval stages do not say what they found",
-    "record attributes.doc_ids (and scores), without which retrieval cannot be judged",
-)
+#: What to record, where a metric is 0 only because its attribute was not: that is no failure, and no success.
+_UNRECORDED = {
+    "retrieval.result_count": ("Retrieval stages do not say what they found", "record attributes.doc_ids, and scores"),
+    "output.citation_count": ("Answers do not say what they cite", "record attributes.citations"),
+}
 _FALLBACK = (
     "A metric misses its threshold",
     "look at the stages where it fails, and whether the threshold suits them",
@@ -86,15 +87,15 @@ class FailureTally:
         self._judged: dict[str, int] = {}
         self._failed: dict[str, int] = {}
         self._worst: dict[str, StageMetric] = {}
-        #: Retrieval stages without ids of documents: nothing was found, or nothing was recorded?
-        self._unrecorded = 0
+        #: By metric, the stages that did not record what it is computed from.
+        self._unrecorded: dict[str, int] = {}
 
     def add(self, metric: StageMetric) -> None:
         """Take one metric into account."""
         passed = metric.passed
         name = metric.metric_name
-        if name == "retrieval.result_count" and metric.evidence and metric.evidence.get("missing"):
-            self._unrecorded += 1
+        if name in _UNRECORDED and metric.evidence and metric.evidence.get("missing"):
+            self._unrecorded[name] = self._unrecorded.get(name, 0) + 1
             return
         if passed is None:
             return
@@ -124,15 +125,15 @@ class FailureTally:
         """Return one `"[{priority}] {component}: {title} - {hint}"` per failing component, the worst first."""
         by_component: dict[str, StageMetric] = {}
         for name, metric in self._worst.items():
-            component = _COMPONENTS.get(name.partition(".")[0], _OTHER_COMPONENT)
+            component = _component(name)
             known = by_component.get(component)
             if known is None or metric.shortfall > known.shortfall:
                 by_component[component] = metric
         ranked = sorted(by_component.items(), key=lambda item: -item[1].shortfall)
         advice = [self._recommendation(component, metric) for component, metric in ranked]
-        if self._unrecorded:
-            title, hint = _UNRECORDED
-            advice.append(f"[p2_medium] retriever: {title} - {hint} (in {self._unrecorded} stages)")
+        for name, count in self._unrecorded.items():
+            title, hint = _UNRECORDED[name]
+            advice.append(f"[p2_medium] {_component(name)}: {title} - {hint} (in {count} stages)")
         return advice
 
     def _recommendation(self, component: str, metric: StageMetric) -> str:
@@ -145,6 +146,10 @@ class FailureTally:
             f"({name} is {relation} {metric.threshold:g} in {self._failed[name]} of {self._judged[name]} stages, "
             f"at worst {metric.score:.4g})"
         )
+
+
+def _component(metric_name: str) -> str:
+    return _COMPONENTS.get(metric_name.partition(".")[0], _OTHER_COMPONENT)
 
 
 def _priority(shortfall: float) -> str:

@@ -355,7 +355,7 @@ def test_a_spool_that_is_switched_off_is_not_looked_for(server: LiveServer) -> N
     assert found["settings"].state == "warning"
 
 
-@pytest.mark.parametrize("variable", ["EVALVAULT_FILE", "EVALVAULT_DB_PATH"])
+@pytest.mark.parametrize("variable", ["EVALVAULT_FILE", "EVALVAULT_SDK_DB_PATH"])
 def test_a_file_as_destination_is_checked_instead_of_the_network(tmp_path: Path, variable: str) -> None:
     what = "file" if variable == "EVALVAULT_FILE" else "database"
     found = examine(**{variable: str(tmp_path / "events")})

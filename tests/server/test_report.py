@@ -126,6 +126,19 @@ def test_what_passes_or_has_no_threshold_is_not_recommended() -> None:
     assert recommend(metric("retrieval.recall_at_k", 0.9, 0.6), metric("mine.x", 1, None)) == []
 
 
+def test_what_was_not_recorded_is_asked_for_and_is_no_failure() -> None:
+    tally = FailureTally()
+    tally.add(metric("retrieval.result_count", 0, 1, count=0, missing=True))
+    tally.add(metric("retrieval.result_count", 0, 1, count=0))
+    tally.add(metric("output.citation_count", 0, 1, count=0, missing=True))
+    assert [(entry["metric_name"], entry["of"]) for entry in tally.failing()] == [("retrieval.result_count", 1)]
+    assert [text.partition(" - ")[0] for text in tally.recommendations()] == [
+        "[p0_critical] retriever: Some queries find no document",
+        "[p2_medium] retriever: Retrieval stages do not say what they found",
+        "[p2_medium] generator: Answers do not say what they cite",
+    ]
+
+
 def make_report(metrics: list[StageMetric], max_metrics: int = 100) -> dict[str, Any]:
     summary = summarize("r|1", [totals("retrieval", 2, 10.0), totals("a|b", 1)])
     run = run_summary(

@@ -83,8 +83,7 @@ class EvalVaultStore:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[EvalVaultSnapshot]:
         """Return what the port lists when it is asked; see `Store.snapshot`."""
-        with _store_errors():
-            yield EvalVaultSnapshot(self._port)
+        yield EvalVaultSnapshot(self._port)
 
     def tail(self, after: int | None, *, run_id: str | None, limit: int) -> tuple[list[StoredEvent], int]:
         """Return a run's events beyond a place; see `Store.tail`."""
@@ -139,7 +138,9 @@ class EvalVaultSnapshot:
 
     def _run(self, run_id: str) -> MemorySnapshot:
         if run_id not in self._listed:
-            events = [StageEvent.from_dict(event.to_dict()) for event in self._port.list_stage_events(run_id)]
+            with _store_errors():
+                listed = self._port.list_stage_events(run_id)
+            events = [StageEvent.from_dict(event.to_dict()) for event in listed]
             stored = [StoredEvent(place, event) for place, event in enumerate(events, start=1)]
             self._listed[run_id] = MemorySnapshot({run_id: stored}, [])
         return self._listed[run_id]
@@ -174,7 +175,9 @@ class EvalVaultSnapshot:
         self, run_id: str, *, stage_id: str | None = None, metric_name: str | None = None
     ) -> Iterator[StageMetric]:
         """Yield stored metrics; see `Snapshot.metrics`."""
-        for metric in self._port.list_stage_metrics(run_id, stage_id=stage_id, metric_name=metric_name):
+        with _store_errors():
+            listed = self._port.list_stage_metrics(run_id, stage_id=stage_id, metric_name=metric_name)
+        for metric in listed:
             yield StageMetric(
                 metric.run_id, metric.stage_id, metric.metric_name, metric.score, metric.threshold, metric.evidence
             )
