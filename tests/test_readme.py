@@ -14,6 +14,7 @@ import pytest
 
 from evalvault_sdk import FolderPayloadStore, Settings
 from evalvault_sdk.delivery.account import DropReason
+from evalvault_sdk.server import ServerSettings
 from tests.support import ROOT, LiveServer, clean_environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +56,25 @@ def test_the_table_of_settings_is_that_of_the_class() -> None:
     assert rows == [settings_row(field) for field in attrs.fields(Settings)]
 
 
-BLOCKS = code_blocks("python")
+def test_the_table_of_the_servers_settings_is_that_of_its_class() -> None:
+    table = README.split("## The server")[1].split("## The command")[0]
+    rows = [line for line in table.splitlines() if "EVALVAULT_SERVER_" in line or "EVALVAULT_API_TOKEN" in line]
+    rows = [row for row in rows if row.startswith("| `")]
+    assert rows == [settings_row(field) for field in attrs.fields(ServerSettings)]
+
+
+def test_the_recipes_for_deploying_use_variables_that_there_are() -> None:
+    known = {field.metadata["env"] for field in attrs.fields(ServerSettings)}
+    files = list((ROOT / "examples/deploy").iterdir())
+    assert {file.name for file in files} == {"Dockerfile", "compose.yaml", "evalvault-stages.service"}
+    for file in files:
+        named = set(re.findall(r"EVALVAULT_[A-Z_]+", file.read_text(encoding="utf-8"))) - {"EVALVAULT_API_URL"}
+        assert named
+        assert named <= known, file
+
+
+#: What needs EvalVault itself is run by `make interop`.
+BLOCKS = [block for block in code_blocks("python") if "from evalvault." not in block]
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -103,7 +122,7 @@ def test_what_the_readme_says_of_its_examples_is_so(tmp_path: Path) -> None:
 
 def test_every_command_is_one() -> None:
     named = set(re.findall(r"\$ evalvault-sdk (\w+)", README))
-    assert named == {"serve", "ingest", "show", "spool", "doctor", "demo"}
+    assert named == {"serve", "token", "ingest", "show", "spool", "doctor", "demo"}
     for name in named:
         done = subprocess.run(
             [sys.executable, "-m", "evalvault_sdk.cli", name, "--help"], env=clean_environment(), capture_output=True

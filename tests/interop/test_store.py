@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ __all__ = [name for name in dir(suite) if name.startswith("test_") and name in g
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    yield EvalVaultStore(SQLiteStorageAdapter(db_path=tmp_path / "theirs.db"))
+def store(tmp_path: Path) -> Store:
+    return EvalVaultStore(SQLiteStorageAdapter(db_path=tmp_path / "theirs.db"))
 
 
 def test_what_the_port_cannot_do_is_said(store: Store) -> None:
