@@ -7,6 +7,7 @@ Out:  requests answered, until SIGINT or SIGTERM; those under way are finished f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -26,11 +27,14 @@ from evalvault_sdk.server.telemetry import MULTIPROCESS_DIR, forget_dead_process
 
 try:
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 except ImportError as missing:
     raise MissingDependencyError.for_extra("serving", "server", missing) from missing
 
 #: Seconds that requests under way may take once the server is to end.
 _GRACE_S = 30
+#: Seconds that a new connection may take to say what it wants.
+_HEAD_TIMEOUT_S = 30.0
 #: Connections that wait to be accepted.
 _BACKLOG = 2048
 
@@ -91,6 +95,7 @@ def create_worker_app() -> Any:
 
 def _options(settings: ServerSettings) -> dict[str, Any]:
     return {
+        "http": _Protocol,
         "access_log": False,  # a line per batch tells nobody anything; ours names what failed
         "log_config": None,
         "server_header": False,
@@ -100,6 +105,25 @@ def _options(settings: ServerSettings) -> dict[str, Any]:
         "ssl_keyfile": settings.tls_key,
         "ws_max_size": 1 << 16,  # nobody has anything to say to us over a WebSocket
     }
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    """uvicorn's HTTP, which by itself would let a connection that asks nothing stay for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Give a new connection some time for its first request."""
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        # Not while a request is answered, nor once it has become a WebSocket, which has a protocol of its own.
+        if self.cycle is None and self.transport.get_protocol() is self:
+            self.transport.close()
 
 
 @contextlib.contextmanager

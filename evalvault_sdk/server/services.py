@@ -8,7 +8,9 @@ Out:  the parts that stand between a request and the store: guard, limits, group
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
@@ -27,8 +29,13 @@ from evalvault_sdk.server.settings import ServerSettings
 from evalvault_sdk.server.store.base import Store
 from evalvault_sdk.server.telemetry import Telemetry
 
-#: Bodies parsed at once: each may cost some hundred megabytes. Reads have threads of their own.
+#: Bodies parsed at once: each may cost some hundred megabytes.
 _PARSERS = 4
+#: Questions answered at once; each may need a connection to the database.
+_READERS = 8
+
+_Params = ParamSpec("_Params")
+_Answer = TypeVar("_Answer")
 
 
 class Services:
@@ -47,6 +54,7 @@ class Services:
         self.commit = GroupCommit(store, on_commit=self.live.stored, on_timed=telemetry.store_seconds.observe)
         self.retention = Retention(store, settings, on_deleted=telemetry.deleted.inc)
         self._parsers: CapacityLimiter | None = None
+        self._readers: CapacityLimiter | None = None
 
     def start(self) -> None:
         """Begin what happens without being asked."""
@@ -101,6 +109,14 @@ class Services:
         self.telemetry.events.labels("stored").inc(len(submission.events))
         self.telemetry.events.labels("rejected").inc(len(submission.rejected))
         return submission
+
+    async def ask(
+        self, question: Callable[_Params, _Answer], *values: _Params.args, **named: _Params.kwargs
+    ) -> _Answer:
+        """Ask the store in a thread; who asks when all are busy waits."""
+        if self._readers is None:
+            self._readers = CapacityLimiter(_READERS)
+        return await to_thread.run_sync(functools.partial(question, *values, **named), limiter=self._readers)
 
     async def check_store(self) -> None:
         """Raise `StoreError` unless the store can be reached within some seconds."""

@@ -177,6 +177,16 @@ class _OftenSaid(logging.Filter):
         return times < self._TIMES
 
 
+class _Noise(logging.Filter):
+    """Keeps out what uvicorn says of each WebSocket: its query, and an error where one is only refused."""
+
+    _BEGINNINGS = ('%s - "WebSocket', "connection ", "ASGI callable returned without completing handshake")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record passes."""
+        return record.name != "uvicorn.error" or not str(record.msg).startswith(self._BEGINNINGS)
+
+
 class _Json(logging.Formatter):
     """One JSON object a line."""
 
@@ -219,6 +229,7 @@ def set_up_logging(log_format: str) -> None:
     """Send this process's log to standard error, line by line, in the form that is wanted."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Json() if log_format == "json" else _Text("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_Noise())
     handler.addFilter(_OftenSaid())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Annotated, Any
 
 import orjson
@@ -96,6 +96,7 @@ def create_routes(services: Services) -> APIRouter:
     async def websocket_live(socket: WebSocket, run_id: str | None = None, cursor: str | None = None) -> None:
         address = socket.client.host if socket.client else None
         try:
+            _check_origin(socket, services.settings.cors_origins)
             access = services.admit(socket.headers.get("authorization"), address, write=False)
             if run_id is not None:
                 access.check_run(run_id)
@@ -112,6 +113,13 @@ def create_routes(services: Services) -> APIRouter:
     router_and_socket.include_router(router)
     router_and_socket.include_router(plain)
     return router_and_socket
+
+
+def _check_origin(socket: WebSocket, allowed: Collection[str]) -> None:
+    """Raise `ApiError` for a page of another site: browsers let any page open a WebSocket to any server."""
+    origin = socket.headers.get("origin")
+    if origin is not None and origin not in allowed and origin.partition("://")[2] != socket.headers.get("host"):
+        raise ApiError(403, "Forbidden", "this origin is not among cors_origins", reason="forbidden")
 
 
 async def _serve(socket: WebSocket, pages: AsyncIterator[tuple[list[StoredEvent], int]]) -> None:

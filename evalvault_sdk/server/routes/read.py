@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import parse_time
@@ -49,7 +48,7 @@ def create_routes(services: Services) -> APIRouter:
     ) -> Response:
         """List runs, the one that was stored to last first: events, errors, first and last time."""
         prefixes = access_of(request).runs
-        return json_response(await run_in_threadpool(reader.runs, prefixes=prefixes, cursor=cursor, limit=limit))
+        return json_response(await services.ask(reader.runs, prefixes=prefixes, cursor=cursor, limit=limit))
 
     @router.get("/events/{run_id:path}", responses=openapi.EVENTS_RESPONSES)
     async def get_events(
@@ -65,7 +64,7 @@ def create_routes(services: Services) -> APIRouter:
         """List a run's events, in the order in which they were first stored."""
         access_of(request).check_run(run_id)
         which = _filter(stage_type=stage_type, status=status, trace_id=trace_id, since=since)
-        return json_response(await run_in_threadpool(reader.events, run_id, which, cursor=cursor, limit=limit))
+        return json_response(await services.ask(reader.events, run_id, which, cursor=cursor, limit=limit))
 
     @router.get("/traces/{run_id:path}", responses=openapi.TRACES_RESPONSES)
     async def get_traces(
@@ -77,7 +76,7 @@ def create_routes(services: Services) -> APIRouter:
     ) -> Response:
         """List a run's traces, the one that was stored to last first: duration, status, stages."""
         access_of(request).check_run(run_id)
-        return json_response(await run_in_threadpool(reader.traces, run_id, status=status, cursor=cursor, limit=limit))
+        return json_response(await services.ask(reader.traces, run_id, status=status, cursor=cursor, limit=limit))
 
     @router.get("/metrics/{run_id:path}", responses=openapi.METRICS_RESPONSES)
     async def get_metrics(
@@ -93,7 +92,7 @@ def create_routes(services: Services) -> APIRouter:
         """List the metrics of a run's stages."""
         access_of(request).check_run(run_id)
         return json_response(
-            await run_in_threadpool(
+            await services.ask(
                 reader.metrics, run_id, stage_id=stage_id, metric_name=metric_name, limit=limit, stored=stored
             )
         )
@@ -108,7 +107,7 @@ def create_routes(services: Services) -> APIRouter:
     ) -> Response:
         """Sum up a run: events and mean duration by stage type, required types that are missing."""
         access_of(request).check_run(run_id)
-        return json_response(await run_in_threadpool(reader.summary, run_id, detail=detail))
+        return json_response(await services.ask(reader.summary, run_id, detail=detail))
 
     @router.get("/debug/{run_id:path}", responses=openapi.DEBUG_RESPONSES)
     async def get_debug(
@@ -119,7 +118,7 @@ def create_routes(services: Services) -> APIRouter:
     ) -> Response:
         """Report a run's bottlenecks, failing metrics, and what to do about them."""
         access_of(request).check_run(run_id)
-        report = await run_in_threadpool(reader.debug, run_id, limit=limit)
+        report = await services.ask(reader.debug, run_id, limit=limit)
         if format == "markdown":
             return Response(as_markdown(report), media_type="text/markdown; charset=utf-8")
         return json_response(report)
@@ -139,7 +138,7 @@ def create_routes(services: Services) -> APIRouter:
         which = _filter(stage_type=stage_type, status=status, trace_id=trace_id, since=since)
         write, media_type = FORMATS[format]
         pages = reader.pages(run_id, which)
-        first = await run_in_threadpool(next, pages, None)  # a run that is not there is an answer, not a broken stream
+        first = await services.ask(next, pages, None)  # a run that is not there is an answer, not a broken stream
         chunks = write(itertools.chain([] if first is None else [first], pages))
         name = quote(f"{run_id}.{format}", safe="")
         disposition = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}  # RFC 6266, 4.3

@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from evalvault_sdk.errors import RunNotFoundError
 from evalvault_sdk.server import openapi
@@ -50,7 +49,7 @@ def create_routes(services: Services) -> APIRouter:
     async def delete_run(request: Request, run_id: str) -> Response:
         """Delete a run: its events, and the metrics that are stored for them."""
         access_of(request).check_run(run_id)
-        deleted = await run_in_threadpool(services.store.delete_run, run_id)
+        deleted = await services.ask(services.store.delete_run, run_id)
         if not deleted:
             raise RunNotFoundError(run_id)
         services.telemetry.deleted.inc(deleted)
@@ -60,6 +59,6 @@ def create_routes(services: Services) -> APIRouter:
     async def store_metrics(request: Request, run_id: str) -> Response:
         """Compute the metrics of a run's stages, and store them where EvalVault's tools read them."""
         access_of(request).check_run(run_id)
-        return json_response(await run_in_threadpool(services.reader.store_metrics, run_id))
+        return json_response(await services.ask(services.reader.store_metrics, run_id))
 
     return router

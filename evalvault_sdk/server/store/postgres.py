@@ -47,9 +47,9 @@ _SCHEMA = ("postgres_0001_stage_tables.sql", "postgres_0002_reading_indexes.sql"
 _SCHEMA_LOCK = 7_308_325_127_064_912
 _STAGING = load_sql("postgres_staging.sql")
 _COPY = f"COPY evalvault_sdk_staging (ordinal, {', '.join(COLUMNS)}) FROM STDIN"
-#: Connections of one process: some threads save, more read.
+#: Connections of one process: threads that save; those that read, for requests and live streams; and two more.
 _WRITERS = 4
-_CONNECTIONS = _WRITERS + 8
+_CONNECTIONS = _WRITERS + 8 + 4 + 2
 #: Seconds to wait for a connection, and for an answer.
 _CONNECT_TIMEOUT_S = 5
 _STATEMENT_TIMEOUT_S = 60
@@ -149,14 +149,17 @@ class PostgresStore(SqlStore):
         with self._errors(), self._pool.connection() as connection, connection.transaction():
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
-            def ask(query: str, values: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+            def ask(query: str, values: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
+                return connection.execute(*self._said(query, values))
+
+            def stream(query: str, values: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
                 # A cursor on the server's side: rows come as they are wanted, not all at once.
                 with connection.cursor(f"c{uuid.uuid4().hex}") as cursor:
                     cursor.itersize = _FETCH
                     cursor.execute(*self._said(query, values))
                     yield from cursor
 
-            yield SqlSnapshot(ask, _DIALECT)
+            yield SqlSnapshot(ask, _DIALECT, stream=stream)
 
     def check(self) -> None:
         """Raise `StoreError` unless the database answers; see `Store.check`."""
@@ -181,9 +184,9 @@ class PostgresStore(SqlStore):
 
             yield Writing(ask, each)
 
-    def _settled_place(self, view: SqlSnapshot) -> int:
+    def _settled_place(self) -> int:
         """
-        Return the place below which every event that will ever be is visible.
+        Return the place up to which every event that will ever be is visible from now on.
 
         Transactions take numbers from one sequence and commit in any order. A number that was given before
         some instant is settled once all transactions that were open at that instant have ended.
@@ -194,13 +197,12 @@ class PostgresStore(SqlStore):
                 "SELECT pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint "
                 "FROM pg_current_snapshot() AS s"
             ).fetchall()
-        ((seen,),) = view.ask("SELECT COALESCE(MAX(id), 0) FROM stage_events", {})
+            ((seen,),) = connection.execute("SELECT COALESCE(MAX(id), 0) FROM stage_events").fetchall()
         with self._settling_lock:
             self._settling.append((next_one, given))
             while self._settling and self._settling[0][0] <= oldest:
                 self._settled = max(self._settled, self._settling.popleft()[1])
-            # This view is older than what was asked just now: what it does not see yet is not settled for it.
-            return min(self._settled, int(seen))
+            return min(self._settled, int(seen))  # a sequence that gave no number yet says 1, too
 
     def _merge(
         self, connection: _Connection, numbered: Sequence[tuple[int, tuple[Any, ...]]], refused: dict[int, str]

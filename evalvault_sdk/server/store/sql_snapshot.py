@@ -46,9 +46,11 @@ class Dialect:
 class SqlSnapshot:
     """What one read transaction sees; see `Snapshot`."""
 
-    def __init__(self, ask: Ask, dialect: Dialect) -> None:
+    def __init__(self, ask: Ask, dialect: Dialect, *, stream: Ask) -> None:
+        """Ask by `ask` what has few rows, by `stream` what may have a million."""
         self.ask = ask
         self._dialect = dialect
+        self._stream = stream
 
     def events(
         self, run_id: str, which: EventFilter = EVERYTHING, *, after: int = 0, limit: int | None = None
@@ -62,7 +64,8 @@ class SqlSnapshot:
 
     def read_events(self, tail: str, values: Mapping[str, Any]) -> Iterator[StoredEvent]:
         """Yield the events that the end of a query names."""
-        for place, *row in self.ask(f"SELECT id, {self._dialect.event_columns} FROM stage_events {tail}", values):
+        ask = self._stream if values.get("limit") is None else self.ask
+        for place, *row in ask(f"SELECT id, {self._dialect.event_columns} FROM stage_events {tail}", values):
             yield StoredEvent(place, event_of(row))
 
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
@@ -94,7 +97,7 @@ class SqlSnapshot:
         """Return runs, the newest first; see `Snapshot.runs`."""
         starts = tuple(prefixes)
         found = []
-        for run_id, last_place in self.ask(self._dialect.run_ids, {}):
+        for run_id, last_place in self._stream(self._dialect.run_ids, {}):
             if str(run_id).startswith(starts) and (before is None or last_place < before):
                 found.append((str(run_id), last_place))
                 if len(found) == limit:
@@ -140,7 +143,7 @@ class SqlSnapshot:
         values = {name: value for name, value in given.items() if value is not None}
         where = " AND ".join(f"{name} = :{name}" for name in values)
         query = f"SELECT {self._dialect.metric_columns} FROM stage_metrics WHERE {where} ORDER BY id"
-        yield from map(metric_of, self.ask(query, values))
+        yield from map(metric_of, self._stream(query, values))
 
     def _where(self, run_id: str, which: EventFilter) -> tuple[str, dict[str, Any]]:
         values = {"run_id": run_id}

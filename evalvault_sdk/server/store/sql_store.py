@@ -49,16 +49,16 @@ class SqlStore(abc.ABC):
         """Return a transaction that is committed where the context ends, or rolled back if it raises."""
 
     @abc.abstractmethod
-    def _settled_place(self, view: SqlSnapshot) -> int:
-        """Return the place up to which no more events can appear."""
+    def _settled_place(self) -> int:
+        """Return the place up to which all events that there will ever be can be seen by a snapshot from now on."""
 
     def tail(self, after: int | None, *, run_id: str | None, limit: int) -> tuple[list[StoredEvent], int]:
         """Return the events beyond a place; see `Store.tail`."""
+        end = self._settled_place()
+        if after is None:
+            return [], end
+        run = "" if run_id is None else "run_id = :run_id AND"
         with self.snapshot() as view:
-            end = self._settled_place(view)
-            if after is None:
-                return [], end
-            run = "" if run_id is None else "run_id = :run_id AND"
             found = list(
                 view.read_events(
                     f"WHERE {run} id > :after AND id <= :end ORDER BY id LIMIT :limit",

@@ -87,7 +87,7 @@ class SQLiteStore(SqlStore):
         """Return what is stored now; see `Store.snapshot`."""
         with _store_errors(self.address), contextlib.closing(self._connect()) as reader:
             reader.execute("BEGIN")
-            yield SqlSnapshot(reader.execute, _DIALECT)
+            yield SqlSnapshot(reader.execute, _DIALECT, stream=reader.execute)  # SQLite always gives row by row
 
     def check(self) -> None:
         """Raise `StoreError` unless the file is there and can be read; see `Store.check`."""
@@ -132,9 +132,10 @@ class SQLiteStore(SqlStore):
 
             yield Writing(writer.execute, each)
 
-    def _settled_place(self, view: SqlSnapshot) -> int:
+    def _settled_place(self) -> int:
         # One transaction writes at a time, whichever process it is in: numbers appear in their order.
-        ((last,),) = view.ask("SELECT MAX(id) FROM stage_events", {})
+        with self.snapshot() as view:
+            ((last,),) = view.ask("SELECT MAX(id) FROM stage_events", {})
         return last or 0
 
     def _check_file(self) -> None:
