@@ -113,7 +113,15 @@ def test_a_signal_while_the_rest_is_put_on_disk_does_not_cost_the_rest(tmp_path:
         from evalvault_sdk import StageTracer
         from evalvault_sdk.delivery.worker import Worker
         from tests.delivery.test_endings import Hangs
-        tracer = StageTracer("r", transport=Hangs(), handle_sigterm=True, flush_interval_s=60, batch_events=10**6)
+        # Time enough on a busy machine, too: how long an end may take is another test's.
+        tracer = StageTracer(
+            "r",
+            transport=Hangs(),
+            handle_sigterm=True,
+            flush_interval_s=60,
+            batch_events=10**6,
+            shutdown_timeout_s=20,
+        )
         for number in range(60_000):
             tracer._outbox.queue.put(b'{"n": %d, "x": "%s"}' % (number, b"x" * 800))
         rescue = Worker._rescue
