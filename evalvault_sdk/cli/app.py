@@ -88,7 +88,9 @@ def serve(
         str | None, typer.Option(help="Where events are kept: a file (default evalvault.db), or postgresql://...")
     ] = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on (default 127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port to listen on (default 8000).")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="The port to listen on (default 8000); 0 is any.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that serve side by side; more than one needs PostgreSQL.")
     ] = None,

@@ -10,10 +10,12 @@ bounded: the one that would be too much is told to come again, and those that ar
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import anyio
 import attrs
@@ -57,7 +59,7 @@ class BodyBudget:
             yield body
         finally:
             self.requests -= 1
-            self.take(-body.held)
+            body.done()
 
     async def _read(self, request: Request, body: Body) -> None:
         limit = self._settings.max_body_bytes
@@ -97,11 +99,24 @@ class Body:
     chunks: list[bytes] = attrs.field(factory=list)
     #: Bytes that it counts for.
     held: int = 0
+    #: What has to end before it counts no longer: the request, and what goes on without it.
+    waited_for: int = 1
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes for this body. Raises `ApiError`."""
         self.budget.take(size)
         self.held += size
+
+    def count_until(self, future: asyncio.Future[Any]) -> None:
+        """Let it count until `future` is done, also when the request is answered before."""
+        self.waited_for += 1
+        future.add_done_callback(lambda _: self.done())
+
+    def done(self) -> None:
+        """Take back what it counted for, if nothing is left that holds it."""
+        self.waited_for -= 1
+        if not self.waited_for:
+            self.budget.take(-self.held)
 
     def unpack(self) -> bytes:
         """Return the body without its encoding. Raises `ApiError`. Blocking: in a thread."""

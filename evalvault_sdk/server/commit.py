@@ -120,12 +120,14 @@ class GroupCommit:
             for waiting in group:
                 waiting.done.set_exception(error)
             return
-        except Exception as error:  # noqa: BLE001 - a fault of ours, and each request has to be answered
+        except BaseException as error:  # noqa: BLE001 - a fault of ours; each request is answered, the thread lives on
             if len(group) > 1:  # which the neighbours of the one that brings it about need not feel
                 for waiting in group:
                     self._save([waiting])
             else:
-                group[0].done.set_exception(error)
+                # What is no Exception would end the loop, or the thread, that asks for it.
+                known = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} while storing")
+                group[0].done.set_exception(known)
             return
         finally:
             self._on_timed(time.perf_counter() - started)

@@ -22,6 +22,7 @@ from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent, run_id_problem
 from evalvault_sdk.server.answers import ApiError, too_large
 from evalvault_sdk.server.settings import ServerSettings
+from evalvault_sdk.server.store.rows import as_integer
 
 #: Levels of nesting in an event; orjson writes 254, and our own client 32.
 _MAX_DEPTH = 128
@@ -139,20 +140,12 @@ def parse_json(body: bytes) -> tuple[Any, bool]:
     else:
         return value, False
     try:
-        return json.loads(body.decode("utf-8"), parse_int=_integer), True
+        return json.loads(body.decode("utf-8"), parse_int=as_integer), True
     except RecursionError:
         raise ApiError(400, "Malformed JSON", "the body is nested too deeply") from None
     except ValueError:
         place = f"line {strict_error.lineno} column {strict_error.colno}"
         raise ApiError(400, "Malformed JSON", f"{strict_error.msg.partition(':')[0]} at {place}") from None
-
-
-def _integer(digits: str) -> int | float:
-    """Return an integer as orjson does: beyond 64 bits as a float."""
-    if len(digits) > len("-18446744073709551616"):
-        return float(digits)
-    number = int(digits)
-    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 def _check_number(events: int, settings: ServerSettings) -> None:

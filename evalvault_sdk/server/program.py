@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
+
 from evalvault_sdk.errors import ConfigurationError, MissingDependencyError
 from evalvault_sdk.server.app import create_app
 from evalvault_sdk.server.criteria import Criteria
@@ -57,6 +59,7 @@ def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda ur
     set_up_logging(settings.log_format)
     with _listen(settings.host, settings.port) as listening:
         host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listening.getsockname()[1]
+        settings = attrs.evolve(settings, port=port)
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
         if settings.workers == 1:
             app = create_app(settings=settings)

@@ -98,7 +98,7 @@ class Services:
         if submission.events:
             stored = asyncio.wrap_future(self.commit.submit(submission.events))
             self.telemetry.waiting_events.set(self.commit.waiting_events)
-            # Shielded: it goes on when the client does not wait for it.
+            body.count_until(stored)  # it goes on when the client does not wait for it
             done, _ = await asyncio.wait([stored], timeout=self.settings.store_timeout_s)
             if not done:
                 raise come_again(

@@ -215,7 +215,7 @@ def test_looking_at_another_programs_file_is_an_error(path: Path) -> None:
 
 def test_values_that_cannot_be_answered_are_served_as_text(path: Path) -> None:
     open_store(str(path)).close()
-    texts = ['{"n": 123456789012345678901234567890}', '{"s": "\\ud800"}', '{"d": ' + "[" * 300 + "]" * 300 + "}"]
+    texts = ['{"s": "\\ud800"}', '{"d": ' + "[" * 300 + "]" * 300 + "}"]
     with sqlite3.connect(path) as db:
         for number, text in enumerate(texts):
             db.execute(

@@ -76,6 +76,9 @@ def create_router(
 
     def admit(request: Request) -> None:
         write = request.method not in ("GET", "HEAD")
+        query = request.scope["query_string"]
+        if "\x00" in request.scope["path"] or b"%00" in query or b"\x00" in query:
+            raise ApiError(422, "Invalid request", "an address must hold no NUL character")
         address = request.client.host if request.client else None
         request.state.access = services.admit(request.headers.get("authorization"), address, write=write)
 

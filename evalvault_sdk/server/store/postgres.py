@@ -16,6 +16,7 @@ others are refused one by one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import re
 import threading
@@ -39,29 +40,52 @@ try:
 except ImportError as missing:
     raise MissingDependencyError.for_extra("a PostgreSQL database", "postgres", missing) from missing
 
+logger = logging.getLogger("evalvault_sdk.server")
+
 _Connection = psycopg.Connection[tuple[Any, ...]]
 
 #: Numbered files of schema changes, applied in order, each once.
 _SCHEMA = ("postgres_0001_stage_tables.sql", "postgres_0002_reading_indexes.sql")
 #: Held while they are applied: many processes may start on one new database. The number is only ours.
 _SCHEMA_LOCK = 7_308_325_127_064_912
-_STAGING = load_sql("postgres_staging.sql")
 _COPY = f"COPY evalvault_sdk_staging (ordinal, {', '.join(COLUMNS)}) FROM STDIN"
 #: Connections of one process: threads that save; those that read, for requests and live streams; and two more.
 _WRITERS = 4
 _CONNECTIONS = _WRITERS + 8 + 4 + 2
-#: Seconds to wait for a connection, and for an answer.
+#: Seconds to wait for a connection.
 _CONNECT_TIMEOUT_S = 5
+#: Seconds after which the pool gives up an attempt to connect: the next request makes a new one at once, where a
+#: longer attempt would wait longer and longer.
+_RECONNECT_S = 2
+#: Seconds to wait for an answer, and for somebody else's lock.
 _STATEMENT_TIMEOUT_S = 60
 _LOCK_TIMEOUT_S = 10
-#: Batches that hold each other up (both resend the same events, in another order) are tried again.
+# How a transaction begins. In the transaction, not in the session: behind a pooler that is somebody else's. What a
+# client is told is stored must be on the disk, whatever the database's default is.
+_READING = """SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL timezone = 'UTC';
+SET LOCAL datestyle = 'ISO';"""
+_WRITING = "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';"
+_STORING = f"{_WRITING} {load_sql('postgres_staging.sql')}"
+#: Changes of the schema may take as long as they do.
+_BEGIN_CHANGING = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
+#: Batches that hold each other up, other programs' among them, are tried again.
 _DEADLOCK_TRIES = 6
+#: The transactions that have written, or are about to.
+_WRITERS_NOW = """SELECT DISTINCT virtualtransaction FROM pg_locks WHERE relation = 'stage_events'::regclass
+AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 #: Rows that come over at a time.
 _FETCH = 1_000
 _NO_RUN = str(uuid.UUID(int=0))
-_JSON_COLUMNS = {"input_ref", "output_ref", "attributes", "metadata"}
+_STARTED_AT, _FINISHED_AT = COLUMNS.index("started_at"), COLUMNS.index("finished_at")
+_FIRST_JSON, _LAST_JSON = COLUMNS.index("input_ref"), COLUMNS.index("metadata") + 1
+_JSON_COLUMNS = set(COLUMNS[_FIRST_JSON:_LAST_JSON])
 _TEXT_COLUMNS = _JSON_COLUMNS | {"run_id", "started_at", "finished_at"}
 _PARAMETER = re.compile(r"(?<![:\w]):([a-z_]+)")
+#: What stands before a host in a URL, if every character that means something there is escaped.
+_URL = re.compile(r"postgres(?:ql)?://(?:[^:@/?#\s]*(?::[^:@/?#\s]*)?@)?[^@\s]*")
+#: A NUL character in JSON: an escape, not the text of one (an even number of backslashes stands before it).
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 _DIALECT = Dialect(
     event_columns=", ".join(f"{name}::text" if name in _TEXT_COLUMNS else name for name in COLUMNS),
@@ -86,11 +110,17 @@ class PostgresStore(SqlStore):
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         try:
-            parts = conninfo_to_dict(url)
-        except psycopg.Error as error:
-            raise ConfigurationError(f"this is no PostgreSQL URL: {_reason(error)}") from None
+            parts = conninfo_to_dict(url) if _URL.fullmatch(url) else None
+        except psycopg.Error:
+            parts = None
+        if parts is None:  # what is wrong with it is not said: it may be the password
+            raise ConfigurationError(
+                "this is no PostgreSQL URL: it is postgresql://user:password@host:5432/name, and a password's "
+                "characters @ : / ? # % and blanks are written as %40 %3A %2F %3F %23 %25 %20"
+            )
         self.address = _without_password(parts)
-        self._settling: deque[tuple[int, int]] = deque(maxlen=10_000)
+        #: Places that wait for transactions to end, and these; the oldest first.
+        self._settling: deque[tuple[int, set[str]]] = deque(maxlen=10_000)
         self._settled = 0
         self._settling_lock = threading.Lock()
         kwargs: dict[str, Any] = {
@@ -106,9 +136,8 @@ class PostgresStore(SqlStore):
         }
         with self._errors():
             with psycopg.connect(url, **kwargs) as connection:  # says what is wrong; a pool only says "timeout"
-                _configure(connection)
                 if not read_only:
-                    self._apply_schema(connection)
+                    self._prepare(connection)
                 self._look_around(connection)
             self._pool = ConnectionPool(
                 url,
@@ -117,7 +146,7 @@ class PostgresStore(SqlStore):
                 max_size=_CONNECTIONS,
                 timeout=_CONNECT_TIMEOUT_S,
                 max_idle=300,
-                configure=_configure,
+                reconnect_timeout=_RECONNECT_S,
                 check=ConnectionPool.check_connection,
                 open=True,
                 name="evalvault-sdk",
@@ -133,9 +162,13 @@ class PostgresStore(SqlStore):
             except OverflowError:
                 refused[index] = "started_at and finished_at must be in the years 1 to 9999, in UTC"
                 continue
+            if self._json_type == "jsonb" and any(map(_NUL.search, filter(None, row[_FIRST_JSON:_LAST_JSON]))):
+                refused[index] = "attributes and metadata must hold no NUL character: EvalVault's database takes none"
+                continue
             # One statement cannot replace a row twice: the last of equals wins, in the place of the first.
-            place = rows.setdefault((event.run_id, event.stage_id), (index, row))[0]
-            rows[event.run_id, event.stage_id] = (place, row)
+            key = (self._run(event.run_id), event.stage_id)
+            place = rows.setdefault(key, (index, row))[0]
+            rows[key] = (place, row)
         numbered = list(rows.values())
         with self._errors(), self._pool.connection() as connection:
             if self._runs_are_uuids:
@@ -147,7 +180,7 @@ class PostgresStore(SqlStore):
     def snapshot(self) -> Iterator[SqlSnapshot]:
         """Return what is stored now; see `Store.snapshot`."""
         with self._errors(), self._pool.connection() as connection, connection.transaction():
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            _begin(connection, _READING)
 
             def ask(query: str, values: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
                 return connection.execute(*self._said(query, values))
@@ -164,7 +197,7 @@ class PostgresStore(SqlStore):
     def check(self) -> None:
         """Raise `StoreError` unless the database answers; see `Store.check`."""
         with self._errors(), self._pool.connection() as connection:
-            connection.execute("SELECT 1 FROM stage_events LIMIT 1")
+            connection.execute("SELECT 1 FROM stage_events LIMIT 1").fetchall()
 
     def close(self) -> None:
         """Close the connections."""
@@ -173,6 +206,7 @@ class PostgresStore(SqlStore):
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Writing]:
         with self._errors(), self._pool.connection() as connection, connection.transaction():
+            _begin(connection, _WRITING)
 
             def ask(query: str, values: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
                 return connection.execute(*self._said(query, values))
@@ -188,21 +222,22 @@ class PostgresStore(SqlStore):
         """
         Return the place up to which every event that will ever be is visible from now on.
 
-        Transactions take numbers from one sequence and commit in any order. A number that was given before
-        some instant is settled once all transactions that were open at that instant have ended.
+        Transactions take numbers from one sequence and commit in any order. Whoever takes one holds a lock on
+        the table already, and lets go of it after the commit is visible. So a number that was given before
+        some instant is settled once all that held such a lock at that instant have ended.
         """
-        with self._errors(), self._pool.connection() as connection:
-            ((given,),) = connection.execute(*self._said(f"SELECT last_value FROM {self._sequence}", {})).fetchall()
-            ((oldest, next_one),) = connection.execute(
-                "SELECT pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint "
-                "FROM pg_current_snapshot() AS s"
-            ).fetchall()
-            ((seen,),) = connection.execute("SELECT COALESCE(MAX(id), 0) FROM stage_events").fetchall()
+        # One look at a time: what was seen before a number was given must not settle it.
         with self._settling_lock:
-            self._settling.append((next_one, given))
-            while self._settling and self._settling[0][0] <= oldest:
-                self._settled = max(self._settled, self._settling.popleft()[1])
-            return min(self._settled, int(seen))  # a sequence that gave no number yet says 1, too
+            with self._errors(), self._pool.connection() as connection, connection.transaction():
+                _begin(connection, _READING)
+                # In this order: the number first, then who may have taken one up to it.
+                query = "SELECT pg_sequence_last_value(%s::regclass)"
+                ((given,),) = connection.execute(query, (self._sequence,)).fetchall()
+                writing = {transaction for (transaction,) in connection.execute(_WRITERS_NOW)}
+            self._settling.append((given or 0, writing))
+            while self._settling and not self._settling[0][1] & writing:
+                self._settled = max(self._settled, self._settling.popleft()[0])
+            return self._settled
 
     def _merge(
         self, connection: _Connection, numbered: Sequence[tuple[int, tuple[Any, ...]]], refused: dict[int, str]
@@ -224,7 +259,7 @@ class PostgresStore(SqlStore):
         for attempt in range(_DEADLOCK_TRIES):
             try:
                 with connection.transaction():
-                    connection.execute(_STAGING)
+                    _begin(connection, _STORING)
                     with connection.cursor().copy(_COPY) as copy:
                         for ordinal, row in enumerate(rows):
                             copy.write_row((ordinal, *row))
@@ -233,6 +268,9 @@ class PostgresStore(SqlStore):
                 if attempt == _DEADLOCK_TRIES - 1:
                     raise
                 time.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - no secret
+            except psycopg.errors.ReadOnlySqlTransaction:
+                connection.close()  # the session stays what it was when it began; a new one may be better
+                raise
             else:
                 return
 
@@ -255,21 +293,41 @@ class PostgresStore(SqlStore):
                 refused[index] = "run_id is no run of EvalVault's, and its database takes no others"
         return kept
 
+    def _run(self, run_id: str) -> str:
+        """Return a run's id as the database has it."""
+        return str(_as_uuid(run_id) or run_id) if self._runs_are_uuids else run_id
+
     def _said(self, query: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return a query and its values in psycopg's form."""
-        given = dict(values)
+        # No text in the database holds a NUL: a question about one finds nothing.
+        given = {name: None if isinstance(value, str) and "\x00" in value else value for name, value in values.items()}
         if self._runs_are_uuids and "run_id" in given:
-            given["run_id"] = str(_as_uuid(given["run_id"]) or _NO_RUN)
+            given["run_id"] = str(_as_uuid(str(given["run_id"])) or _NO_RUN)
         return _PARAMETER.sub(r"%(\1)s", query), given
+
+    def _prepare(self, connection: _Connection) -> None:
+        """Make what is missing of the schema; tables that are there are served also where nothing may be made."""
+        try:
+            self._apply_schema(connection)
+        except psycopg.errors.InsufficientPrivilege as error:
+            if connection.execute("SELECT to_regclass('stage_events')").fetchone() == (None,):
+                raise
+            logger.warning(
+                "evalvault: %s may not change the schema (%s); without our indexes large runs are read slowly",
+                self.address,
+                _reason(error),
+            )
 
     @staticmethod
     def _apply_schema(connection: _Connection) -> None:
         with connection.transaction():
+            connection.execute(_BEGIN_CHANGING)
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (_SCHEMA_LOCK,))
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS evalvault_sdk_schema "
-                "(name TEXT PRIMARY KEY, applied_at TIMESTAMP WITH TIME ZONE NOT NULL DEFAULT now())"
-            )
+            if connection.execute("SELECT to_regclass('evalvault_sdk_schema')").fetchone() == (None,):
+                connection.execute(
+                    "CREATE TABLE evalvault_sdk_schema "
+                    "(name TEXT PRIMARY KEY, applied_at TIMESTAMP WITH TIME ZONE NOT NULL DEFAULT now())"
+                )
             applied = {name for (name,) in connection.execute("SELECT name FROM evalvault_sdk_schema")}
             for name in _SCHEMA:
                 if name not in applied:
@@ -285,10 +343,11 @@ class PostgresStore(SqlStore):
             ).fetchall()
         )
         self._runs_are_uuids = types["run_id"] == "uuid"
-        self._merge_query = load_sql("postgres_merge.sql").format(
-            run_type=types["run_id"], json_type=types["attributes"]
-        )
+        self._json_type = types["attributes"]
         ((self._sequence,),) = connection.execute("SELECT pg_get_serial_sequence('stage_events', 'id')").fetchall()
+        self._merge_query = load_sql("postgres_merge.sql").format(
+            run_type=types["run_id"], json_type=self._json_type, sequence=self._sequence
+        )
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -299,23 +358,18 @@ class PostgresStore(SqlStore):
             raise StoreError(f"the database {self.address} failed: {_reason(error)}") from error
 
 
-def _configure(connection: _Connection) -> None:
-    # What a client is told is stored must be on the disk, whatever the database's default is.
-    connection.execute(
-        "SELECT set_config('synchronous_commit', "
-        "CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') "
-        "END, false), set_config('timezone', 'UTC', false), set_config('datestyle', 'ISO', false), "
-        "set_config('client_min_messages', 'warning', false), set_config('statement_timeout', %s, false), "
-        "set_config('lock_timeout', %s, false)",
-        (f"{_STATEMENT_TIMEOUT_S}s", f"{_LOCK_TIMEOUT_S}s"),
-    )
+def _begin(connection: _Connection, words: str) -> None:
+    timeouts = f"SET LOCAL statement_timeout = '{_STATEMENT_TIMEOUT_S}s'; SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'"
+    connection.execute(f"{words} {timeouts}")
 
 
 def _row_of(event: StageEvent) -> tuple[Any, ...]:
-    for moment in (event.started_at, event.finished_at):
-        if moment is not None:
-            moment.astimezone(timezone.utc)  # at the ends of the calendar there is none: OverflowError
-    return row_of(event)
+    """Return an event's columns, its times in UTC: PostgreSQL knows no offset of a day, Python does."""
+    row = list(row_of(event))
+    for place, moment in ((_STARTED_AT, event.started_at), (_FINISHED_AT, event.finished_at)):
+        if moment is not None and moment.tzinfo is not timezone.utc:
+            row[place] = moment.astimezone(timezone.utc).isoformat()  # at the ends of the calendar: OverflowError
+    return tuple(row)
 
 
 def _as_uuid(text: str) -> uuid.UUID | None:

@@ -104,11 +104,19 @@ def readable_time(text: str | None) -> datetime | None:
         return None
 
 
+def as_integer(digits: str) -> int | float:
+    """Return an integer of JSON as orjson does: beyond 64 bits as a float. JSONB writes 1e22 as 23 digits."""
+    if len(digits) > len("-18446744073709551616"):
+        return float(digits)
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)
+
+
 def _readable_json(text: str | None) -> Any:
     if text is None:
         return None
     try:
-        value = json.loads(text)  # not orjson: EvalVault writes NaN as Python does
+        value = json.loads(text, parse_int=as_integer)  # not orjson: EvalVault writes NaN as Python does
         orjson.dumps([[[value]]])  # as deep as our answers wrap it
     except (ValueError, TypeError, RecursionError):  # orjson's error is a TypeError
         return {"unreadable": text}

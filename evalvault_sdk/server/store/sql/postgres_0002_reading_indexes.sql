@@ -2,5 +2,5 @@
 -- stages of a run failed.
 
 CREATE INDEX IF NOT EXISTS idx_evalvault_sdk_place ON stage_events(run_id, id);
-CREATE INDEX IF NOT EXISTS idx_evalvault_sdk_trace ON stage_events(run_id, trace_id);
+CREATE INDEX IF NOT EXISTS idx_evalvault_sdk_trace ON stage_events(run_id, trace_id, id);
 CREATE INDEX IF NOT EXISTS idx_evalvault_sdk_errors ON stage_events(run_id) WHERE status = 'error';

@@ -17,4 +17,4 @@ CREATE TEMPORARY TABLE IF NOT EXISTS evalvault_sdk_staging (
     metadata TEXT,
     trace_id TEXT,
     span_id TEXT
-) ON COMMIT DELETE ROWS
+) ON COMMIT DELETE ROWS;
