@@ -7,6 +7,7 @@ Out:  the objects of the contract, the same from either source (`Source`).
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,8 +59,14 @@ class ServerSource:
     def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
         """Return the first 10,000 events."""
         query = {"limit": str(_MAX_EVENTS)} | ({"trace_id": trace_id} if trace_id else {})
-        events: list[dict[str, Any]] = self._get("events", run_id, **query)["events"]
-        return events
+        events: list[dict[str, Any]] = []
+        while True:
+            page = self._get("events", run_id, **query)
+            events += page["events"]
+            cursor = page.get("next_cursor")  # another server may know no pages
+            if cursor is None or len(events) >= _MAX_EVENTS:
+                return events[:_MAX_EVENTS]
+            query["cursor"] = cursor
 
     def _get(self, what: str, run_id: str, **query: str) -> dict[str, Any]:
         from urllib.parse import quote
@@ -110,6 +117,6 @@ class DatabaseSource:
 
     def events(self, run_id: str, *, trace_id: str | None = None) -> list[dict[str, Any]]:
         """Return the first 10,000 events."""
-        found = self._reader.events(run_id, EventFilter(trace_id=trace_id), limit=_MAX_EVENTS)
-        events: list[dict[str, Any]] = found["events"]
-        return events
+        pages = self._reader.pages(run_id, EventFilter(trace_id=trace_id))
+        events = (stored.event.to_dict() for page in pages for stored in page)
+        return list(itertools.islice(events, _MAX_EVENTS))

@@ -29,6 +29,11 @@ from evalvault_sdk.server.settings import ServerSettings
 _MAX_PARTS = 16
 #: Memory that a zstd frame may ask of its reader (RFC 8878, 3.1.1.1.2, recommends 8 MiB); the same in gzip is 32 KiB.
 _MAX_ZSTD_WINDOW = 8 << 20
+#: Bodies on their way for each that may be worked on.
+_ARRIVING_FACTOR = 16
+#: Of a body that is refused, so many bytes more are listened to, for so long.
+_MAX_THROWN_AWAY = 64 << 20
+_HEAR_OUT_S = 5.0
 #: Bytes that come out of gzip at a time.
 _STEP = 1 << 20
 #: Bytes that go into zstd at a time: four of them can be a block of 128 KiB (RFC 8878, 3.1.1.2.2, RLE_Block).
@@ -41,6 +46,8 @@ class BodyBudget:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
+        #: Bodies that are on their way: they hold little, and come as slowly as their senders like.
+        self._arriving = 0
         self.requests = 0
         self.bytes = 0
 
@@ -50,24 +57,34 @@ class BodyBudget:
         encoding = (request.headers.get("content-encoding") or "identity").strip().lower()
         if encoding not in _UNPACKERS and encoding != "identity":
             raise ApiError(415, "Unsupported content encoding", "Content-Encoding must be gzip, zstd, or absent")
-        if self.requests >= self._settings.max_waiting_requests:
+        if self._arriving >= _ARRIVING_FACTOR * self._settings.max_waiting_requests:
             raise _overloaded()
         body = Body(encoding=encoding, budget=self, limit=self._settings.max_unpacked_bytes)
-        self.requests += 1
         try:
-            await self._read(request, body)
-            yield body
+            self._arriving += 1
+            try:
+                await self._read(request, body)
+            finally:
+                self._arriving -= 1
+            if self.requests >= self._settings.max_waiting_requests:
+                raise _overloaded()
+            self.requests += 1
+            try:
+                yield body
+            finally:
+                self.requests -= 1
         finally:
-            self.requests -= 1
             body.done()
 
     async def _read(self, request: Request, body: Body) -> None:
         limit = self._settings.max_body_bytes
+        stream = request.stream()
         try:
             with anyio.fail_after(self._settings.body_timeout_s):
-                async for chunk in request.stream():
+                async for chunk in stream:
                     if body.held + len(chunk) > limit:
-                        raise too_large(f"a body may have {limit} bytes", limit_bytes=limit)
+                        refusal = too_large(f"a body may have {limit} bytes", limit_bytes=limit)
+                        raise await _heard_out(stream, refusal)
                     body.hold(len(chunk))
                     body.chunks.append(chunk)
         except TimeoutError:
@@ -80,10 +97,17 @@ class BodyBudget:
                 400, "Incomplete request", "the connection was closed before the body was complete", reason="incomplete"
             ) from None
 
-    def take(self, size: int) -> None:
-        """Count `size` more bytes (or fewer). Raises `ApiError` when that would be too many. In any thread."""
+    def take(self, size: int, held: int = 0) -> None:
+        """
+        Count `size` more bytes (or fewer) for a body that counts for `held` already. In any thread.
+
+        Raises `ApiError` when that would be too many.
+        """
+        limit = self._settings.max_waiting_bytes
+        if held + size > limit:
+            raise too_large(f"a body may have {limit} bytes", limit_bytes=limit)
         with self._lock:
-            if size > 0 and self.bytes + size > self._settings.max_waiting_bytes:
+            if size > 0 and self.bytes + size > limit:
                 raise _overloaded()
             self.bytes += size
 
@@ -104,7 +128,7 @@ class Body:
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes for this body. Raises `ApiError`."""
-        self.budget.take(size)
+        self.budget.take(size, self.held)
         self.held += size
 
     def count_until(self, future: asyncio.Future[Any]) -> None:
@@ -131,6 +155,24 @@ class Body:
             self.hold(len(piece))
             unpacked.append(piece)
         return b"".join(unpacked)
+
+
+async def _heard_out(stream: AsyncIterator[bytes], refusal: ApiError) -> ApiError:
+    """
+    Return a refusal once its sender has said the rest, which is thrown away.
+
+    Whoever is still sending when the connection is closed may never read the answer. One that goes on for long is
+    closed all the same.
+    """
+    left = _MAX_THROWN_AWAY
+    with anyio.move_on_after(_HEAR_OUT_S):
+        async for chunk in stream:
+            left -= len(chunk)
+            if left < 0:
+                break
+        else:
+            return refusal
+    return attrs.evolve(refusal, headers={**refusal.headers, "Connection": "close"})
 
 
 def _overloaded() -> ApiError:

@@ -26,7 +26,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def as_jsonl(pages: Iterable[list[StoredEvent]]) -> Iterator[bytes]:
     """Yield one event a line, every field present."""
     for page in pages:
-        yield b"".join(orjson.dumps(event.to_dict(), option=_JSON) + b"\n" for _, event in page)
+        yield b"".join(orjson.dumps(stored.event.to_dict(), option=_JSON) + b"\n" for stored in page)
 
 
 def as_csv(pages: Iterable[list[StoredEvent]]) -> Iterator[bytes]:
@@ -39,7 +39,7 @@ def as_csv(pages: Iterable[list[StoredEvent]]) -> Iterator[bytes]:
     yield codecs.BOM_UTF8
     yield _csv_lines([COLUMNS])
     for page in pages:
-        yield _csv_lines(_cells(event) for _, event in page)
+        yield _csv_lines(_cells(stored.event) for stored in page)
 
 
 def _cells(event: StageEvent) -> list[Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ from evalvault_sdk.server.store.rows import as_integer
 
 #: Levels of nesting in an event; orjson writes 254, and our own client 32.
 _MAX_DEPTH = 128
+#: Values for each object or list that is allowed: a text of one letter is four bytes on the wire, and fifty parsed.
+_VALUES_FACTOR = 4
+#: Blank lines that may come with each event that is allowed.
+_BLANK_FACTOR = 16
+_LINE = re.compile(rb"[^\r\n]+")
 #: Characters of the fields that databases keep in indexes, or that lists show.
 _MAX_LENGTHS = {
     "stage_id": 256,
@@ -95,15 +101,23 @@ def check_containers(body: bytes, settings: ServerSettings) -> None:
     limit = settings.max_containers
     if body.count(b"{") + body.count(b"[") > limit:
         raise too_large(f"a body may have {limit} objects and lists", limit_containers=limit)
+    if body.count(b",") > limit * _VALUES_FACTOR:
+        raise too_large(f"a body may have {limit * _VALUES_FACTOR} commas", limit_commas=limit * _VALUES_FACTOR)
 
 
 def _read_lines(body: bytes, settings: ServerSettings) -> Submission:
-    if body.count(b"\n") > 2 * settings.max_events:  # before it becomes a list; some send blank lines between
-        _check_number(body.count(b"\n"), settings)
-    lines = [line for line in body.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    lines: list[bytes] = []
+    # One by one: a body of nothing but line ends would be a very long list.
+    for number, match in enumerate(_LINE.finditer(body.removeprefix(codecs.BOM_UTF8))):
+        if line := match.group().strip():
+            lines.append(line)
+        if len(lines) > settings.max_events or number > settings.max_events * _BLANK_FACTOR:
+            raise too_large(
+                f"the body holds more than {settings.max_events} lines; send at most so many in one request",
+                limit_events=settings.max_events,
+            )
     if not lines:
         raise ApiError(422, "Invalid request", "the body must hold at least one event, each on a line of its own")
-    _check_number(len(lines), settings)
     parsed: list[Any] = []
     malformed: dict[int, ApiError] = {}
     any_odd = False

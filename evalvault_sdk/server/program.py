@@ -33,10 +33,12 @@ try:
 except ImportError as missing:
     raise MissingDependencyError.for_extra("serving", "server", missing) from missing
 
-#: Seconds that requests under way may take once the server is to end.
-_GRACE_S = 30
+#: Seconds that requests under way may take once the server is to end. What they brought is stored in any case.
+_GRACE_S = 6
 #: Seconds that a new connection may take to say what it wants.
 _HEAD_TIMEOUT_S = 30.0
+#: Bytes of a request's line and headers.
+_MAX_HEAD_BYTES = 64 << 10
 #: Connections that wait to be accepted.
 _BACKLOG = 2048
 
@@ -102,6 +104,8 @@ def _options(settings: ServerSettings) -> dict[str, Any]:
         "access_log": False,  # a line per batch tells nobody anything; ours names what failed
         "log_config": None,
         "server_header": False,
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": list(settings.trusted_proxies),
         "backlog": _BACKLOG,
         "timeout_graceful_shutdown": _GRACE_S,
         "ssl_certfile": settings.tls_cert,
@@ -116,7 +120,23 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Give a new connection some time for its first request."""
         super().connection_made(transport)
+        self._head_bytes = 0
         self._patience = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what comes, but no head without end: what parses it would keep all of it."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self.transport.close()
+        else:
+            self._head_bytes = 0
+
+    def eof_received(self) -> bool:
+        """Answer also those who have nothing more to say (RFC 9293, 3.6): keep the connection until that is done."""
+        super().eof_received()
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""

@@ -18,7 +18,7 @@ from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server import report, summary
 from evalvault_sdk.server.criteria import Criteria
 from evalvault_sdk.server.metrics import StageMetric
-from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, Snapshot, Store, StoredEvent
+from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, Snapshot, Store, StoredEvent, take_page
 
 #: Events read, or metrics stored, at a time where a run is gone through in pages.
 _PAGE = 1_000
@@ -59,19 +59,20 @@ class RunReader:
         """
         Return `{"run_id", "events", "total", "returned", "next_cursor"}`. Raises `RunNotFoundError`.
 
-        `total` counts all that the filter lets pass; only on the first page, None on those after it.
+        `total` counts all that the filter lets pass; only on the first page, None on those after it. A page of
+        large events has fewer than `limit`.
         """
         with self._store.snapshot() as view:
             total = view.count(run_id, which) if cursor is None else None
             if not total:
                 _check_run(view, run_id)
-            found = list(view.events(run_id, which, after=cursor or 0, limit=limit))
+            found, more = take_page(view.events(run_id, which, after=cursor or 0, limit=limit), limit)
         return {
             "run_id": run_id,
             "events": [stored.event.to_dict() for stored in found],
             "total": total,
             "returned": len(found),
-            "next_cursor": str(found[-1].place) if len(found) == limit else None,
+            "next_cursor": str(found[-1].place) if more else None,
         }
 
     def traces(self, run_id: str, *, status: str | None, cursor: int | None, limit: int) -> dict[str, Any]:
@@ -164,12 +165,12 @@ class RunReader:
         after = 0
         while True:
             with self._store.snapshot() as view:
-                page = list(view.events(run_id, which, after=after, limit=_PAGE))
+                page, more = take_page(view.events(run_id, which, after=after, limit=_PAGE), _PAGE)
                 if after == 0 and not page:
                     _check_run(view, run_id)
             if page:
                 yield page
-            if len(page) < _PAGE:
+            if not more:
                 return
             after = page[-1].place
 

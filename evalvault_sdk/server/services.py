@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 from anyio import CapacityLimiter, to_thread
 
 from evalvault_sdk.errors import StoreError
-from evalvault_sdk.server.answers import come_again
+from evalvault_sdk.server.answers import ApiError, come_again
 from evalvault_sdk.server.body import Body, BodyBudget
 from evalvault_sdk.server.commit import GroupCommit
 from evalvault_sdk.server.criteria import Criteria
@@ -67,9 +67,14 @@ class Services:
 
     def admit(self, authorization: str | None, address: str | None, *, write: bool) -> Access:
         """Return what the sender of a request may do. Raises `ApiError`."""
-        access = self.guard.access(authorization)
+        try:
+            access = self.guard.access(authorization)
+        except ApiError:
+            if self.limiter is not None:  # who guesses is slowed down, too
+                self.limiter.check(f"address {address}")
+            raise
         if self.limiter is not None:
-            self.limiter.check(f"address {address}" if self.guard.is_open else access.name)
+            self.limiter.check(f"address {address}" if self.guard.is_open else f"token {access.name}")
         access.check(write=write)
         return access
 

@@ -210,6 +210,14 @@ class ServerSettings:
         read=checks.read_number,
         validator=checks.number_or_none(0.01, 1e6),
     )
+    trusted_proxies: tuple[str, ...] = setting(
+        "EVALVAULT_SERVER_TRUSTED_PROXIES",
+        "Addresses of proxies in front, whose `X-Forwarded-For` says who asks; by default nobody's.",
+        default=(),
+        read=checks.read_names,
+        converter=_tuple,
+        validator=_are_texts,
+    )
     max_live_streams: int = setting(
         "EVALVAULT_SERVER_MAX_LIVE_STREAMS",
         "Live streams at once.",

@@ -66,7 +66,7 @@ def create_routes(services: Services) -> APIRouter:
         access = access_of(request)
         if run_id is not None:
             access.check_run(run_id)
-        if cursor is None and last_event_id is not None:
+        if last_event_id:  # a browser that comes again keeps its address, and with it an older cursor
             cursor = _as_place(last_event_id)
         live.check_room()  # while it can still be said with a status
 

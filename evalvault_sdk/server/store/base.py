@@ -29,6 +29,8 @@ class StoredEvent(NamedTuple):
 
     place: int
     event: StageEvent
+    #: Characters of its JSON, roughly: what bounds a page. 0 where the store does not know.
+    size: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -86,6 +88,20 @@ class RunEntry:
 
 #: The filter that lets everything pass.
 EVERYTHING = EventFilter()
+#: Characters of events that are read into one page: one event may have a million.
+PAGE_SIZE = 4 << 20
+
+
+def take_page(events: Iterator[StoredEvent], limit: int) -> tuple[list[StoredEvent], bool]:
+    """Return the next events, at most `limit` and about `PAGE_SIZE` of them, and whether there may be more."""
+    page: list[StoredEvent] = []
+    size = 0
+    for stored in events:
+        page.append(stored)
+        size += stored.size
+        if len(page) == limit or size >= PAGE_SIZE:
+            return page, True
+    return page, False
 
 
 class Snapshot(Protocol):
@@ -146,7 +162,7 @@ class Store(Protocol):
 
     def tail(self, after: int | None, *, run_id: str | None, limit: int) -> tuple[list[StoredEvent], int]:
         """
-        Return the events (of a run, or all) beyond a place, and the place to go on from.
+        Return the next events (of a run, or all) beyond a place, and the place to go on from.
 
         No event is ever skipped: one whose transaction is still open is waited for, with all after it. With
         `after` None: no events, and the place where everything that is stored ends.

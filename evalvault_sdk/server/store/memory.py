@@ -46,13 +46,13 @@ class MemorySnapshot:
     def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
         """Return the totals of each stage type; see `Snapshot.stage_type_totals`."""
         by_type: dict[str, list[StageEvent]] = {}
-        for _, event in self.events(run_id):
+        for _, event, _ in self.events(run_id):
             by_type.setdefault(event.stage_type, []).append(event)
         return [_totals_of(stage_type, events) for stage_type, events in by_type.items()]
 
     def run_totals(self, run_id: str) -> RunTotals:
         """Return the totals of a run; see `Snapshot.run_totals`."""
-        events = [event for _, event in self.events(run_id)]
+        events = [event for _, event, _ in self.events(run_id)]
         traced = [event for event in events if event.trace_id]
         slowest = max(traced, key=lambda e: -1.0 if e.duration_ms is None else e.duration_ms, default=None)
         return RunTotals(
@@ -77,7 +77,7 @@ class MemorySnapshot:
         """Return a run's traces, the newest first; see `Snapshot.traces`."""
         last: dict[str, int] = {}
         such = set()
-        for place, event in self.events(run_id):
+        for place, event, _ in self.events(run_id):
             if event.trace_id:
                 last[event.trace_id] = place
                 if status in (None, event.status):
@@ -176,7 +176,7 @@ class MemoryStore:
             deleted = self._forget(
                 [
                     (event.run_id, event.stage_id)
-                    for place, event in page
+                    for place, event, _ in page
                     if ((time := ended[place]) and time < older_than) or (time is None and place < last_old)
                 ]
             )

@@ -74,8 +74,8 @@ _DEADLOCK_TRIES = 6
 _WRITERS_NOW = """SELECT DISTINCT virtualtransaction FROM pg_locks WHERE relation = 'stage_events'::regclass
 AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
-#: Rows that come over at a time.
-_FETCH = 1_000
+#: Rows that come over at a time: each may have a million characters.
+_FETCH = 100
 _NO_RUN = str(uuid.UUID(int=0))
 _STARTED_AT, _FINISHED_AT = COLUMNS.index("started_at"), COLUMNS.index("finished_at")
 _FIRST_JSON, _LAST_JSON = COLUMNS.index("input_ref"), COLUMNS.index("metadata") + 1

@@ -9,6 +9,7 @@ Rows come one by one: a run may have a million events.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from datetime import timezone
 from importlib import resources
 from typing import Any
 
@@ -64,9 +65,10 @@ class SqlSnapshot:
 
     def read_events(self, tail: str, values: Mapping[str, Any]) -> Iterator[StoredEvent]:
         """Yield the events that the end of a query names."""
-        ask = self._stream if values.get("limit") is None else self.ask
-        for place, *row in ask(f"SELECT id, {self._dialect.event_columns} FROM stage_events {tail}", values):
-            yield StoredEvent(place, event_of(row))
+        query = f"SELECT id, {self._dialect.event_columns} FROM stage_events {tail}"
+        for place, *row in self._stream(query, values):
+            size = sum(len(value) for value in row if isinstance(value, str))
+            yield StoredEvent(place, event_of(row), size)
 
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Count a run's events; see `Snapshot.count`."""
@@ -152,6 +154,6 @@ class SqlSnapshot:
                 values[name] = value
         conditions = [f"{name} = :{name}" for name in values]
         if which.since is not None:
-            values["since"] = which.since.isoformat(timespec="milliseconds")
+            values["since"] = which.since.astimezone(timezone.utc).isoformat(timespec="milliseconds")
             conditions.append(f"{self._dialect.instant('COALESCE(started_at, finished_at)')} >= {self._dialect.since}")
         return " AND ".join(conditions), values

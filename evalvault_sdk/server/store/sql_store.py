@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from evalvault_sdk.server.metrics import StageMetric
-from evalvault_sdk.server.store.base import StoredEvent
+from evalvault_sdk.server.store.base import StoredEvent, take_page
 from evalvault_sdk.server.store.rows import metric_row_of
 from evalvault_sdk.server.store.sql_snapshot import Ask, Dialect, SqlSnapshot
 
@@ -59,13 +59,12 @@ class SqlStore(abc.ABC):
             return [], end
         run = "" if run_id is None else "run_id = :run_id AND"
         with self.snapshot() as view:
-            found = list(
-                view.read_events(
-                    f"WHERE {run} id > :after AND id <= :end ORDER BY id LIMIT :limit",
-                    {"after": after, "end": end, "limit": limit, **({} if run_id is None else {"run_id": run_id})},
-                )
+            events = view.read_events(
+                f"WHERE {run} id > :after AND id <= :end ORDER BY id LIMIT :limit",
+                {"after": after, "end": end, "limit": limit, **({} if run_id is None else {"run_id": run_id})},
             )
-        return found, found[-1].place if len(found) == limit else max(after, end)
+            page, more = take_page(events, limit)
+        return page, page[-1].place if more else max(after, end)
 
     def save_metrics(self, metrics: Sequence[StageMetric]) -> None:
         """Store metrics; see `Store.save_metrics`."""
