@@ -6,6 +6,7 @@
 #   make test-all   the test suite on every Python 3.10 to 3.13 found here
 #   make interop    the same data in our hands and in those of the real EvalVault 1.88 (Python 3.12, a gigabyte)
 #   make soak       five minutes of programs that are killed and a server that fails; SECONDS=60 SEED=7 to choose
+#   make fuzz       all that the API describes, and much that it does not, asked of a real server; SECONDS=60 SEED=7
 #   make lint       lint, format check, strict types
 #   make bench      what the speed claims rest on
 #   make dist       wheel and sdist in dist/
@@ -15,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SECONDS ?= 300
 
-.PHONY: demo test test-all interop interop-here soak lint format bench dist clean
+.PHONY: demo test test-all interop interop-here soak fuzz fuzz-here lint format bench dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -47,6 +48,13 @@ $(VENV)/tokenizer: | $(BIN)/python
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.path.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
+# schemathesis has an environment of its own: it brings forty packages that nothing else needs.
+fuzz:
+	@$(MAKE) --no-print-directory fuzz-here VENV=.venv-fuzz
+
+fuzz-here: $(VENV)/.fuzz
+	$(BIN)/python -m tests.tools.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,7 +74,7 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-3.* .venv-interop build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* .venv-interop .venv-fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 1; }
