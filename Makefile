@@ -68,6 +68,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.options
 	$(BIN)/python -m benchmarks.trouble
+	$(BIN)/python -m benchmarks.server
 
 dist: $(VENV)/.dev
 	rm -rf dist
