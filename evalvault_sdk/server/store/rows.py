@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import orjson
@@ -45,6 +45,13 @@ def to_json(value: Any) -> str:
     return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+def _iso(moment: datetime) -> str:
+    """Return what `isoformat` does; in UTC, where most are, at a third of its time."""
+    if moment.tzinfo is timezone.utc:
+        return orjson.dumps(moment)[1:-1].decode()
+    return moment.isoformat()
+
+
 def row_of(event: StageEvent) -> tuple[Any, ...]:
     """Return an event's columns."""
     return (
@@ -55,8 +62,8 @@ def row_of(event: StageEvent) -> tuple[Any, ...]:
         event.stage_name,
         event.status,
         event.attempt,
-        event.started_at.isoformat() if event.started_at else None,
-        event.finished_at.isoformat() if event.finished_at else None,
+        _iso(event.started_at) if event.started_at else None,
+        _iso(event.finished_at) if event.finished_at else None,
         event.duration_ms,
         to_json(event.input_ref.to_dict()) if event.input_ref else None,
         to_json(event.output_ref.to_dict()) if event.output_ref else None,
