@@ -17,6 +17,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ _BUSY_TIMEOUT_S = 5.0
 #: Numbered files of schema changes, applied in order, each once.
 _SCHEMA = ("sqlite_0001_stage_tables.sql", "sqlite_0002_reading_indexes.sql")
 _UPSERT = load_sql("sqlite_upsert.sql")
+#: Rows in one statement: SQLite before 3.32 takes no more than 999 values in one.
+_ROWS_AT_ONCE = 999 // len(COLUMNS)
+_ROW_OF_VALUES = f"({', '.join('?' * len(COLUMNS))})"
+_UPSERT_MANY = _UPSERT.replace(_ROW_OF_VALUES, ", ".join([_ROW_OF_VALUES] * _ROWS_AT_ONCE))
 _DIALECT = Dialect(
     event_columns=", ".join(COLUMNS),
     metric_columns="run_id, stage_id, metric_name, score, threshold, evidence",
@@ -78,8 +83,12 @@ class SQLiteStore(SqlStore):
     def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
         """Store all `events` in one transaction; see `Store.save`."""
         rows = [row_of(event) for event in events]
+        # Each statement lets go of the interpreter, and has to wait for it again: few of them, of many rows.
+        whole = len(rows) - len(rows) % _ROWS_AT_ONCE
+        parts = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, whole, _ROWS_AT_ONCE)]
         with self._transaction() as writer:
-            writer.executemany(_UPSERT, rows)
+            writer.executemany(_UPSERT_MANY, (list(chain.from_iterable(part)) for part in parts))
+            writer.executemany(_UPSERT, rows[whole:])
         return {}
 
     @contextlib.contextmanager
