@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -41,6 +42,8 @@ _HEAD_TIMEOUT_S = 30.0
 _MAX_HEAD_BYTES = 64 << 10
 #: Connections that wait to be accepted.
 _BACKLOG = 2048
+#: Objects that are made before Python looks for cycles among them; a request of 512 events is some thousand.
+_COLLECT_EVERY = 50_000
 
 
 def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
@@ -65,6 +68,7 @@ def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda ur
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
         if settings.workers == 1:
             app = create_app(settings=settings)
+            _collect_less()
             on_ready(url)
             uvicorn.Server(uvicorn.Config(app, **_options(settings))).run(sockets=[listening])
             return
@@ -95,7 +99,16 @@ def create_worker_app() -> Any:
     settings = ServerSettings.resolve()
     set_up_logging(settings.log_format)
     forget_dead_processes()
-    return create_app(settings=settings)
+    app = create_app(settings=settings)
+    _collect_less()
+    return app
+
+
+def _collect_less() -> None:
+    """Have Python look for cycles less often, and not among what the program is made of: events form none."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_EVERY, 20, 50)
 
 
 def _options(settings: ServerSettings) -> dict[str, Any]:
