@@ -32,10 +32,12 @@ _BUSY_TIMEOUT_S = 5.0
 #: Numbered files of schema changes, applied in order, each once.
 _SCHEMA = ("sqlite_0001_stage_tables.sql", "sqlite_0002_reading_indexes.sql")
 _UPSERT = load_sql("sqlite_upsert.sql")
-#: Rows in one statement: SQLite before 3.32 takes no more than 999 values in one.
-_ROWS_AT_ONCE = 999 // len(COLUMNS)
 _ROW_OF_VALUES = f"({', '.join('?' * len(COLUMNS))})"
-_UPSERT_MANY = _UPSERT.replace(_ROW_OF_VALUES, ", ".join([_ROW_OF_VALUES] * _ROWS_AT_ONCE))
+#: How many rows go into one statement, and the statement: SQLite before 3.32 takes no more than 999 values.
+_UPSERTS = tuple(
+    (size, _UPSERT.replace(_ROW_OF_VALUES, ", ".join([_ROW_OF_VALUES] * size)))
+    for size in ((512, 32, 1) if sqlite3.sqlite_version_info >= (3, 32) else (32, 1))
+)
 _DIALECT = Dialect(
     event_columns=", ".join(COLUMNS),
     metric_columns="run_id, stage_id, metric_name, score, threshold, evidence",
@@ -83,12 +85,14 @@ class SQLiteStore(SqlStore):
     def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
         """Store all `events` in one transaction; see `Store.save`."""
         rows = [row_of(event) for event in events]
-        # Each statement lets go of the interpreter, and has to wait for it again: few of them, of many rows.
-        whole = len(rows) - len(rows) % _ROWS_AT_ONCE
-        parts = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, whole, _ROWS_AT_ONCE)]
+        start = 0
         with self._transaction() as writer:
-            writer.executemany(_UPSERT_MANY, (list(chain.from_iterable(part)) for part in parts))
-            writer.executemany(_UPSERT, rows[whole:])
+            # Each statement lets go of the interpreter, and has to wait for it again: so few of them, of many rows.
+            for size, query in _UPSERTS:
+                end = start + (len(rows) - start) // size * size
+                parts = (rows[place : place + size] for place in range(start, end, size))
+                writer.executemany(query, ([*chain.from_iterable(part)] for part in parts))
+                start = end
         return {}
 
     @contextlib.contextmanager
