@@ -4,7 +4,10 @@ import pickle
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import attrs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evalvault_sdk import InvalidStageEventError, StageEvent, StageEventBuilder, StagePayloadRef
 
@@ -208,3 +211,71 @@ def test_a_builder_with_a_broken_rule_says_so_when_it_builds() -> None:
     builder = StageEventBuilder("retrieval", run_id="r").took(-1)
     with pytest.raises(InvalidStageEventError, match="duration_ms must not be negative"):
         builder.build()
+
+
+_TEXTS: st.SearchStrategy[Any] = st.sampled_from(
+    ["r", "rag-prod", "Upper", " padded", "", " ", "한글", "a\x00b", "\ud800", None, 7, 0, [], {}]
+)
+_TIMES = st.sampled_from(
+    [
+        "2026-01-07T10:00:00.000000+00:00", "2026-01-07T10:00:00.500000+09:00", "2026-02-30T10:00:00.000000+00:00",
+        "2026-01-07T10:00:00Z", "2026-01-07", "9999-12-31T23:59:59.999999-09:00", "", "soon", None, 7,
+    ]
+)  # fmt: skip
+_NUMBERS = st.sampled_from([1, 3, 0, 1.0, 0.25, -0.5, 2**31, float("nan"), float("inf"), True, "1", None])
+_OBJECTS: st.SearchStrategy[Any] = st.sampled_from(
+    [{}, {"query": "q"}, None, [], "x", {"store": "s", "id": "i"}, {"trace_id": "t"}]
+)
+_FIELDS = {
+    **dict.fromkeys(("attempt", "duration_ms"), _NUMBERS),
+    **dict.fromkeys(("started_at", "finished_at"), _TIMES),
+    **dict.fromkeys(("attributes", "metadata", "input_ref", "output_ref"), _OBJECTS),
+}
+_OWN_FORM = {
+    "run_id": "r",
+    "stage_id": "s",
+    "started_at": "2026-01-07T10:00:00.000000+00:00",
+    "finished_at": "2026-01-07T10:00:00.500000+00:00",
+    "duration_ms": 500.0,
+    "trace_id": "t",
+    "stage_type": "retrieval",
+    "status": "success",
+    "attributes": {"query": "q"},
+}
+
+
+@settings(max_examples=1000)
+@given(
+    changes=st.lists(
+        st.sampled_from([field.name for field in attrs.fields(StageEvent)]).flatmap(
+            lambda name: st.tuples(st.just(name), _FIELDS.get(name, _TEXTS))
+        ),
+        max_size=3,
+    )
+)
+def test_the_short_way_from_json_and_the_constructor_agree(changes: list[tuple[str, Any]]) -> None:
+    payload: dict[str, Any] = {**_OWN_FORM, **dict(changes)}
+
+    def outcome(make: Any) -> Any:
+        try:
+            event = make()
+        except InvalidStageEventError as error:
+            return str(error)
+        made = attrs.asdict(event, recurse=False)
+        kinds = [(name, type(value)) for name, value in made.items()]
+        return type(event), {**made, "stage_id": made["stage_id"] if payload["stage_id"] else "new"}, kinds
+
+    # The constructor takes no `trace` object, and from_dict() takes "" and 0 for no id.
+    given = {**payload, **{name: payload.get(name) or None for name in ("trace_id", "span_id")}}
+    assert outcome(lambda: StageEvent.from_dict(payload)) == outcome(lambda: StageEvent(**given))
+
+
+def test_an_event_read_from_json_is_frozen_and_shares_nothing_with_it() -> None:
+    payload = {**_OWN_FORM, "attributes": {"query": "q"}, "metadata": {}}
+    event = StageEvent.from_dict(payload)
+    payload["attributes"].clear()  # type: ignore[attr-defined]
+    assert event.attributes == {"query": "q"}
+    assert type(event) is StageEvent
+    assert pickle.loads(pickle.dumps(event)) == event
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        event.run_id = "other"  # type: ignore[misc]
