@@ -181,11 +181,11 @@ def growth(
         found[size] = {"ingestion": rates, "read_ms": reads}
         print(f"{database.name}, {size:,} events stored before (in {filled:.0f} s)")
         show(rates)
-    names = list(next(iter(found.values()))["read_ms"]) if found else []
-    print(f"  ms to read with events stored:      {''.join(f'{size:>12,}' for size in found)}")
-    for name in names:
-        cells = "".join(f"{of_size['read_ms'][name]:12.1f}" for of_size in found.values())
-        print(f"    {name:34}{cells}")
+    if found:
+        print(f"  ms to read with events stored:      {''.join(f'{size:>12,}' for size in found)}")
+        for name in next(iter(found.values()))["read_ms"]:
+            cells = "".join(f"{of_size['read_ms'][name]:12.1f}" for of_size in found.values())
+            print(f"    {name:34}{cells}")
     return found
 
 
