@@ -38,6 +38,8 @@ class Dialect:
     #: An expression for the instant of a time column, and of the value `:since`.
     instant: Callable[[str], str]
     since: str
+    #: How a filter names the column `stage_type`.
+    stage_type: str = "stage_type"
     stage_type_totals: str
     run_totals: str
     #: Yields each run's id and last place.
@@ -152,7 +154,8 @@ class SqlSnapshot:
         for name in ("stage_type", "status", "trace_id", "stage_id"):
             if (value := getattr(which, name)) is not None:
                 values[name] = value
-        conditions = [f"{name} = :{name}" for name in values]
+        named = {"stage_type": self._dialect.stage_type}
+        conditions = [f"{named.get(name, name)} = :{name}" for name in values]
         if which.since is not None:
             values["since"] = which.since.astimezone(timezone.utc).isoformat(timespec="milliseconds")
             conditions.append(f"{self._dialect.instant('COALESCE(started_at, finished_at)')} >= {self._dialect.since}")

@@ -43,6 +43,7 @@ _DIALECT = Dialect(
     metric_columns="run_id, stage_id, metric_name, score, threshold, evidence",
     instant=lambda time: f"julianday({time})",  # knows offsets; the text may have any
     since="julianday(:since)",
+    stage_type="+stage_type",  # by the run's index: SQLite would rather go through all events of the type, of all runs
     stage_type_totals=load_sql("sqlite_stage_type_totals.sql"),
     run_totals=load_sql("sqlite_run_totals.sql"),
     run_ids=load_sql("sqlite_run_ids.sql"),
