@@ -40,11 +40,15 @@ _TEXTS_ONLY = {str}
 _MAX_RUN_ID = 256
 
 
-@functools.lru_cache(maxsize=1024)  # a program records thousands of events of one run
 def run_id_problem(run_id: str) -> str | None:
     """Return what keeps a run id from being read over HTTP, where it is a part of addresses; None if nothing."""
     if len(run_id) > _MAX_RUN_ID:
         return f"must have at most {_MAX_RUN_ID} characters"
+    return _part_of_addresses_problem(run_id)
+
+
+@functools.lru_cache(maxsize=1024)  # thousands of events are of one run
+def _part_of_addresses_problem(run_id: str) -> str | None:
     if not run_id.isprintable():
         return "must hold nothing but printable characters"
     if any(part in ("", ".", "..") for part in run_id.split("/")):

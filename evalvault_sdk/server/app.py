@@ -20,7 +20,6 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from evalvault_sdk import __version__
 from evalvault_sdk.errors import ConfigurationError, StoreError
@@ -72,10 +71,6 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         answer = as_answer(error)
-        if error.status_code == 405:  # the first route that matches knows its own methods only
-            matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
-            methods = sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
-            answer = attrs.evolve(answer, headers={"Allow": ", ".join(methods)})
         return error_response(attrs.evolve(answer, details=f"{request.method} {request.url.path}; see /docs"))
 
     if settings.cors_origins:
@@ -83,7 +78,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
+            allow_headers=["Authorization", "Content-Type", "Content-Encoding", "Last-Event-ID", "X-EvalVault-Run-Id"],
         )
     app.add_middleware(
         RequestTelemetry,

@@ -28,6 +28,9 @@ _GROUP_EVENTS = 10_000
 #: Events that may wait for one: some seconds' worth.
 _MAX_WAITING_EVENTS = 100_000
 
+#: Seconds that storing what waits may take at the end. Who sent it was told nothing yet, and will send it again.
+_CLOSE_S = 20.0
+
 Refused = Mapping[int, str]
 
 
@@ -81,12 +84,13 @@ class GroupCommit:
         return waiting.done
 
     def close(self) -> None:
-        """Store what waits, then end. What comes later is told to come again."""
+        """Store what waits, then end. What comes later is told to come again. A store that hangs is given up."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(deadline - time.monotonic(), 0))
 
     def _start_threads(self) -> None:
         # With the first batch, not before: a process may fork until then.

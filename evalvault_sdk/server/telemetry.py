@@ -178,9 +178,9 @@ class _OftenSaid(logging.Filter):
 
 
 class _Noise(logging.Filter):
-    """Keeps out what uvicorn says of each WebSocket: its query, and an error where one is only refused."""
+    """Keeps out what uvicorn says of each WebSocket (its query!), and of those that are refused or given up."""
 
-    _BEGINNINGS = ('%s - "WebSocket', "connection ", "ASGI callable returned without completing handshake")
+    _BEGINNINGS = ('%s - "WebSocket', "connection ", "ASGI callable returned without completing")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether a record passes."""

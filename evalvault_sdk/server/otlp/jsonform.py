@@ -38,6 +38,8 @@ _VALUE_KINDS = (
 def spans_in(body: bytes, bounds: Bounds) -> Iterator[Callable[[], Span]]:
     """Yield a reader for each span. Raises `ApiError` for what is no such request, or for too much of it."""
     request, _ = parse_json(body)  # what may be odd in it, is made good wherever it stands
+    if not isinstance(request, dict):
+        raise ApiError(400, "Malformed OTLP", "the body is no ExportTraceServiceRequest: it must be an object")
     try:
         for resource_spans in _objects(_object(request, "the body"), "resourceSpans"):
             resource = shared(_attributes(_object(_field(resource_spans, "resource"), "resource")))

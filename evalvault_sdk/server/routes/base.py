@@ -9,22 +9,45 @@ On the event loop, which does nothing but read bodies: parsing, storing and read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import Callable, Collection, Coroutine
 from http import HTTPStatus
 from typing import Any
 
+import anyio
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+from starlette.types import Message, Send
 
 from evalvault_sdk.server.answers import ApiError, as_api_error
 from evalvault_sdk.server.security import Access
 from evalvault_sdk.server.services import Services
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+#: Seconds that a reader may take to take a part of a stream; then it has gone, or is too slow.
+SEND_TIMEOUT_S = 60.0
+
+
+class Stream(StreamingResponse):
+    """An answer without a known end, which is given up when its reader takes nothing of it any more."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Send what there is."""
+
+        async def send_in_time(message: Message) -> None:
+            with anyio.fail_after(SEND_TIMEOUT_S):
+                await send(message)
+
+        with contextlib.suppress(TimeoutError):
+            await super().stream_response(send_in_time)
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -76,10 +99,9 @@ def create_router(
 
     def admit(request: Request) -> None:
         write = request.method not in ("GET", "HEAD")
-        query = request.scope["query_string"]
-        if "\x00" in request.scope["path"] or b"%00" in query or b"\x00" in query:
-            raise ApiError(422, "Invalid request", "an address must hold no NUL character")
         address = request.client.host if request.client else None
+        if write:
+            check_origin(request, services.settings.cors_origins)
         request.state.access = services.admit(request.headers.get("authorization"), address, write=write)
 
     documented = [] if services.guard.is_open else [Depends(HTTPBearer(auto_error=False))]
@@ -89,6 +111,18 @@ def create_router(
         route_class=Route,
         dependencies=[] if open_to_all else [Depends(admit), *documented],
     )
+
+
+def check_origin(connection: HTTPConnection, allowed: Collection[str]) -> None:
+    """
+    Raise `ApiError` 403 for a page of another site.
+
+    Browsers let any page open a WebSocket to any server, and send it simple requests: on a machine where a
+    server listens without a token, that would be enough to read along, and to write.
+    """
+    origin = connection.headers.get("origin")
+    if origin is not None and origin not in allowed and origin.partition("://")[2] != connection.headers.get("host"):
+        raise ApiError(403, "Forbidden", "this origin is not among cors_origins", reason="forbidden")
 
 
 def access_of(request: Request) -> Access:

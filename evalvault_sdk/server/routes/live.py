@@ -10,17 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response, WebSocket
-from fastapi.responses import StreamingResponse
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from evalvault_sdk.server import openapi
 from evalvault_sdk.server.answers import ApiError, as_api_error
-from evalvault_sdk.server.routes.base import access_of, create_router, error_response
+from evalvault_sdk.server.routes.base import (
+    SEND_TIMEOUT_S,
+    Stream,
+    access_of,
+    check_origin,
+    create_router,
+    error_response,
+)
 from evalvault_sdk.server.security import Access
 from evalvault_sdk.server.services import Services
 from evalvault_sdk.server.store.base import StoredEvent
@@ -32,8 +38,6 @@ _Cursor = Annotated[
 ]
 #: Seconds of silence after which a sign of life is sent: proxies cut what is silent for a minute.
 _SIGN_OF_LIFE_S = 15.0
-#: Seconds that a reader may take to take a message; then it has gone, or is too slow.
-_SEND_TIMEOUT_S = 60.0
 #: WebSocket close codes (RFC 6455, 7.4.1): going away; an error of ours.
 _GOING_AWAY, _INTERNAL_ERROR = 1001, 1011
 
@@ -88,7 +92,7 @@ def create_routes(services: Services) -> APIRouter:
             except Exception as error:  # noqa: BLE001 - the status is sent already: the reader comes again
                 yield _message("failure", None, orjson.dumps(as_api_error(error).body()))
 
-        return StreamingResponse(stream(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        return Stream(stream(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     plain = APIRouter(prefix="/api/stage")
 
@@ -96,7 +100,7 @@ def create_routes(services: Services) -> APIRouter:
     async def websocket_live(socket: WebSocket, run_id: str | None = None, cursor: str | None = None) -> None:
         address = socket.client.host if socket.client else None
         try:
-            _check_origin(socket, services.settings.cors_origins)
+            check_origin(socket, services.settings.cors_origins)
             access = services.admit(socket.headers.get("authorization"), address, write=False)
             if run_id is not None:
                 access.check_run(run_id)
@@ -113,13 +117,6 @@ def create_routes(services: Services) -> APIRouter:
     router_and_socket.include_router(router)
     router_and_socket.include_router(plain)
     return router_and_socket
-
-
-def _check_origin(socket: WebSocket, allowed: Collection[str]) -> None:
-    """Raise `ApiError` for a page of another site: browsers let any page open a WebSocket to any server."""
-    origin = socket.headers.get("origin")
-    if origin is not None and origin not in allowed and origin.partition("://")[2] != socket.headers.get("host"):
-        raise ApiError(403, "Forbidden", "this origin is not among cors_origins", reason="forbidden")
 
 
 async def _serve(socket: WebSocket, pages: AsyncIterator[tuple[list[StoredEvent], int]]) -> None:
@@ -147,7 +144,7 @@ async def _serve(socket: WebSocket, pages: AsyncIterator[tuple[list[StoredEvent]
 
 
 async def _send(socket: WebSocket, message: dict[str, Any]) -> None:
-    await asyncio.wait_for(socket.send_text(orjson.dumps(message, option=_JSON).decode()), _SEND_TIMEOUT_S)
+    await asyncio.wait_for(socket.send_text(orjson.dumps(message, option=_JSON).decode()), SEND_TIMEOUT_S)
 
 
 async def _wait_until_gone(socket: WebSocket) -> None:

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
 
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import parse_time
@@ -21,7 +20,7 @@ from evalvault_sdk.server import openapi
 from evalvault_sdk.server.answers import ApiError
 from evalvault_sdk.server.export import FORMATS
 from evalvault_sdk.server.report import as_markdown
-from evalvault_sdk.server.routes.base import access_of, create_router, json_response
+from evalvault_sdk.server.routes.base import Stream, access_of, create_router, json_response
 from evalvault_sdk.server.services import Services
 from evalvault_sdk.server.store.base import EventFilter
 
@@ -142,12 +141,15 @@ def create_routes(services: Services) -> APIRouter:
         chunks = write(itertools.chain([] if first is None else [first], pages))
         name = quote(f"{run_id}.{format}", safe="")
         disposition = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}  # RFC 6266, 4.3
-        return StreamingResponse(chunks, headers=disposition, media_type=media_type)
+        return Stream(chunks, headers=disposition, media_type=media_type)
 
     return router
 
 
 def _filter(*, stage_type: str | None, status: str | None, trace_id: str | None, since: str | None) -> EventFilter:
+    for name, value in (("stage_type", stage_type), ("status", status), ("trace_id", trace_id)):
+        if value is not None and "\x00" in value:
+            raise ApiError(422, "Invalid request", f"{name}: must not hold a NUL character")
     try:
         moment: datetime | None = parse_time("since", since)
     except InvalidStageEventError as error:

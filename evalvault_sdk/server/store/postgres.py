@@ -66,6 +66,7 @@ _READING = """SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOC
 SET LOCAL datestyle = 'ISO';"""
 _WRITING = "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';"
 _STORING = f"{_WRITING} {load_sql('postgres_staging.sql')}"
+_READ_ONLY = "-c default_transaction_read_only=on"
 #: Changes of the schema may take as long as they do.
 _BEGIN_CHANGING = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
 #: Batches that hold each other up, other programs' among them, are tried again.
@@ -141,7 +142,7 @@ class PostgresStore(SqlStore):
                 self._look_around(connection)
             self._pool = ConnectionPool(
                 url,
-                kwargs={**kwargs, "options": "-c default_transaction_read_only=on"} if read_only else kwargs,
+                kwargs={**kwargs, "options": f"{parts.get('options', '')} {_READ_ONLY}"} if read_only else kwargs,
                 min_size=1,
                 max_size=_CONNECTIONS,
                 timeout=_CONNECT_TIMEOUT_S,

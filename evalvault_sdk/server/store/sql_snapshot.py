@@ -157,6 +157,10 @@ class SqlSnapshot:
         named = {"stage_type": self._dialect.stage_type}
         conditions = [f"{named.get(name, name)} = :{name}" for name in values]
         if which.since is not None:
-            values["since"] = which.since.astimezone(timezone.utc).isoformat(timespec="milliseconds")
+            try:
+                since = which.since.astimezone(timezone.utc)
+            except OverflowError:  # at the ends of the calendar there is no UTC, and no event
+                since = which.since.replace(tzinfo=timezone.utc)
+            values["since"] = since.isoformat(timespec="milliseconds")
             conditions.append(f"{self._dialect.instant('COALESCE(started_at, finished_at)')} >= {self._dialect.since}")
         return " AND ".join(conditions), values
