@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 
-from evalvault_sdk.errors import StoreError
+from evalvault_sdk.errors import StoreError, UnsupportedError
 from evalvault_sdk.server.settings import ServerSettings
 from evalvault_sdk.server.store.base import Store
 
@@ -57,6 +57,9 @@ class Retention:
         while True:
             try:
                 self.sweep()
+            except UnsupportedError as error:
+                logger.error("evalvault: nothing is deleted, whatever the settings for retention say: %s", error)
+                return
             except StoreError as error:
                 logger.warning("evalvault: old events were not deleted, which is tried again later: %s", error)
             except Exception:  # the thread must outlive a fault: the disk would fill up

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from evalvault_sdk.errors import UnsupportedError
 from evalvault_sdk.server.answers import ApiError
 from evalvault_sdk.server.limiter import RateLimiter
 from evalvault_sdk.server.metrics import StageMetric
@@ -15,7 +16,7 @@ from evalvault_sdk.server.retention import Retention
 from evalvault_sdk.server.settings import ServerSettings
 from evalvault_sdk.server.store import MemoryStore, SQLiteStore, Store
 from tests.server.stores import event, now
-from tests.support import live_server
+from tests.support import live_server, wait_for
 
 TODAY = datetime.now(timezone.utc)
 
@@ -166,3 +167,15 @@ def test_without_a_setting_nothing_is_deleted_and_no_thread_runs(store: Store) -
     assert keeper._thread is None
     assert ids(store, "r") == ["s1"]
     store.close()
+
+
+def test_retention_that_a_store_has_no_way_for_is_said_once_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    class Bare(MemoryStore):
+        def sweep(self, after: int, *, older_than: datetime, limit: int) -> tuple[int | None, int]:
+            raise UnsupportedError("this storage deletes nothing")
+
+    retention = Retention(Bare(), ServerSettings(retain_days=1))
+    retention.start()
+    wait_for(lambda: "deletes nothing" in caplog.text)
+    retention.close()
+    assert len(caplog.records) == 1
