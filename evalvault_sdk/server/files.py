@@ -7,30 +7,42 @@ Out:  the object in it, or a `ConfigurationError` that says where it is wrong.
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from evalvault_sdk.errors import ConfigurationError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from evalvault_sdk.errors import ConfigurationError, MissingDependencyError
 
 #: Nobody writes a larger one by hand; a map of relevant documents may be made by a program.
 _MAX_BYTES = 64 << 20
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    ".json": json.loads,
-    ".toml": tomllib.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-}
+
+def _toml(text: str) -> Any:
+    try:
+        return importlib.import_module("tomllib").loads(text)
+    except ModuleNotFoundError:  # Python 3.10
+        return _needed("tomli").loads(text)
+
+
+def _yaml(text: str) -> Any:
+    yaml = _needed("yaml")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
+
+
+def _needed(name: str) -> Any:
+    # When a file is read, not before: the command does without the server's packages.
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError.for_extra("this file", "server", error) from error
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".json": json.loads, ".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -45,7 +57,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         value = reader(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # json's and tomllib's errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # json's and tomllib's errors are ValueErrors
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{path} is no {file.suffix[1:].upper()}: {reason[:300]}") from None
     if not isinstance(value, dict):
