@@ -62,17 +62,19 @@ def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda ur
         )
     _raise_file_limit()
     set_up_logging(settings.log_format)
+    # The database first: what is wrong with it is said now, and once.
+    app = create_app(settings=settings) if settings.workers == 1 else None
+    if app is None:
+        open_store(settings.db).close()
     with _listen(settings.host, settings.port) as listening:
         host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listening.getsockname()[1]
         settings = attrs.evolve(settings, port=port)
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
-        if settings.workers == 1:
-            app = create_app(settings=settings)
+        if app is not None:
             _collect_less()
             on_ready(url)
             uvicorn.Server(uvicorn.Config(app, **_options(settings))).run(sockets=[listening])
             return
-    open_store(settings.db).close()  # says now, once, what is wrong with it
     on_ready(url)
     _run_workers(settings)
 
