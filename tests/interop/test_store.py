@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,29 @@ from tests.interop.real import SQLiteStorageAdapter
 from tests.server import test_store as suite
 from tests.server.stores import NOON, event, now
 
-__all__ = [name for name in dir(suite) if name.startswith("test_") and name in globals()]
+#: The promises of the suite that an adapter without places, list of runs and deletion can keep.
+KEPT = (
+    suite.test_a_check_passes_while_the_store_can_be_reached,
+    suite.test_a_percentile_of_one_is_that_one,
+    suite.test_events_are_found_by_type_and_trace_and_limited,
+    suite.test_one_stage_is_found_by_its_id,
+    suite.test_since_compares_instants_whatever_the_offsets,
+    suite.test_the_run_spans_first_start_to_last_finish_whatever_the_offsets,
+    suite.test_the_same_stage_id_in_two_runs_is_two_events,
+    suite.test_totals_are_those_worked_out_by_hand,
+    suite.test_traces_are_listed_the_newest_first_each_once,
+    suite.test_what_is_stored_comes_back_field_by_field,
+)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return EvalVaultStore(SQLiteStorageAdapter(db_path=tmp_path / "theirs.db"))
+
+
+@pytest.mark.parametrize("promise", KEPT, ids=lambda promise: promise.__name__)
+def test_the_suite_of_all_stores(promise: Callable[[Store], None], store: Store) -> None:
+    promise(store)
 
 
 def test_what_the_port_cannot_do_is_said(store: Store) -> None:
