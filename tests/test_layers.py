@@ -30,6 +30,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "fastapi": {
         "server/app.py",
+        "server/mounting.py",
         *(f"server/routes/{name}.py" for name in ("__init__", "base", "drafted", "live", "otlp", "read", "write")),
     },
     "starlette": {
@@ -48,7 +49,7 @@ ONLY_IN = {
     "prometheus_client": {"integrations/prometheus.py", "server/telemetry.py"},
     "psycopg": {"server/store/postgres.py"},
     "psycopg_pool": {"server/store/postgres.py"},
-    "evalvault": {"server/store/evalvault.py", "server/app.py"},
+    "evalvault": {"server/store/evalvault.py", "server/mounting.py"},
     "tenacity": {"delivery/breaker.py"},
     "pytest": {"pytest_plugin.py"},
     "requests": {

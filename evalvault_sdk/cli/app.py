@@ -154,7 +154,9 @@ def serve(
         run(
             settings,
             on_ready=lambda url: console.print(
-                f"Database {plain(without_password(settings.db))}; API documentation at {url}/docs", highlight=False
+                f"Database {plain(without_password(settings.db))}; API documentation at {url}/docs",
+                highlight=False,
+                soft_wrap=True,
             ),
         )
 
@@ -174,8 +176,12 @@ def make_token(
         if access and not set(access) <= {"read", "write"}:
             raise EvalVaultError("--access must be read or write")
         token = new_token()
-        lines = ["[[token]]", f"name = {json.dumps(name)}", f'sha256 = "{token_digest(token).hex()}"']
-        lines += [f"runs = {json.dumps(runs)}"] if runs else []
+        lines = [
+            "[[token]]",
+            f"name = {json.dumps(name, ensure_ascii=False)}",
+            f'sha256 = "{token_digest(token).hex()}"',
+        ]
+        lines += [f"runs = {json.dumps(runs, ensure_ascii=False)}"] if runs else []
         lines += [f"access = {json.dumps(access)}"] if access else []
         Console(stderr=True).print(
             "The token, for EVALVAULT_API_TOKEN of whoever sends or reads; it is not shown again:", highlight=False

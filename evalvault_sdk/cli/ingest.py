@@ -82,8 +82,8 @@ class ServerTarget:
             return (RejectedEvent(0, reason),)
         assert isinstance(outcome, (Refused, TooLarge))  # noqa: S101 - the two that are left
         middle = len(events) // 2
-        second = tuple(attrs.evolve(r, index=r.index + middle) for r in self.store(events[middle:]))
-        return self.store(events[:middle]) + second
+        first = self.store(events[:middle])  # in their order: where a stage occurs twice, the later one wins
+        return first + tuple(attrs.evolve(r, index=r.index + middle) for r in self.store(events[middle:]))
 
     def _send(self, batch: Batch) -> Outcome:
         until = time.monotonic() + _GIVE_UP_AFTER_S

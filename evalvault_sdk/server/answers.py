@@ -59,6 +59,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(501, "Not supported", str(error), reason="unsupported")
     if isinstance(error, StoreError):
         logger.error("evalvault: %s", error)
-        return come_again("Database unavailable", "nothing was stored; try again later", reason="database")
+        return come_again(
+            "Database unavailable",
+            "the database does not do what it should; send the same again later",
+            reason="database",
+        )
     logger.error("evalvault: a request failed by a fault of the server", exc_info=error)
     return ApiError(500, "Internal error", "this is a fault of the server; its log has the details", reason="fault")

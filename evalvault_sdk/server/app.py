@@ -1,8 +1,8 @@
 """
-The server as an app of its own, and its endpoints in somebody else's.
+The server as an app of its own.
 
 In:   the settings, or a store that is open already.
-Out:  an ASGI app, for uvicorn or any other server; or endpoints added to a FastAPI app.
+Out:  an ASGI app, for uvicorn or any other server.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from types import FrameType
 from typing import Any
 
 import attrs
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from evalvault_sdk import __version__
-from evalvault_sdk.errors import ConfigurationError, StoreError
+from evalvault_sdk.errors import StoreError
 from evalvault_sdk.server import openapi
 from evalvault_sdk.server.answers import come_again, logger
 from evalvault_sdk.server.routes import create_routes
@@ -55,7 +55,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _running(services, kept if store is None else None):
+        async with running(services, kept if store is None else None):
             yield
 
     app = FastAPIOffline(  # a FastAPI whose /docs needs no CDN: closed networks are normal
@@ -89,55 +89,9 @@ def create_app(
     return app
 
 
-def mount(
-    app: FastAPI,
-    db: str | None = None,
-    *,
-    store: Store | None = None,
-    dependencies: Sequence[Callable[..., Any]] | None = None,
-    prefix: str = "",
-    **options: Any,
-) -> Services:
-    """
-    Add the endpoints to another FastAPI app: EvalVault's own, or yours.
-
-    Without `db` and `store`, EvalVault's settings say which database it is. `dependencies` are asked before
-    every request, as FastAPI's; by default, where EvalVault is installed, its own token check. With a `token`
-    ours is asked as well. `prefix` goes before all paths. Everything else is as in `create_app`. What is
-    opened here is closed when the app ends. Raises `ConfigurationError` where nothing would check access,
-    unless `insecure=True`.
-    """
-    if store is None and db is None:
-        db = _evalvault_database()
-    settings = ServerSettings.resolve(db=db, **options)
-    if dependencies is None:
-        dependencies = _evalvault_token_check()
-    kept = store or open_store(settings.db)
-    try:
-        services = Services(kept, settings)
-        if not dependencies and services.guard.is_open and not settings.insecure:
-            raise ConfigurationError(
-                "nothing would check who asks: give token=, dependencies=[your check], or insecure=True"
-            )
-    except BaseException:
-        if store is None:
-            kept.close()
-        raise
-    checks = [Depends(check) for check in dependencies]
-    app.include_router(create_routes(services), prefix=prefix, dependencies=checks)
-    theirs = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
-        async with _running(services, kept if store is None else None), theirs(app) as state:
-            yield state
-
-    app.router.lifespan_context = lifespan
-    return services
-
-
 @contextlib.asynccontextmanager
-async def _running(services: Services, owned: Store | None) -> AsyncIterator[None]:
+async def running(services: Services, owned: Store | None) -> AsyncIterator[None]:
+    """Work as long as the context lasts; then store what was accepted, and close the store if it is `owned`."""
     services.start()
     # Live streams end first: servers wait for requests to end, and these never would.
     restore = _on_signals(services.live.close)
@@ -155,7 +109,8 @@ def _on_signals(then: Callable[[], None]) -> Callable[[], None]:
     """Have `then` called before whatever SIGINT and SIGTERM do; return what undoes that."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None  # nobody else may; the app is somebody's test, perhaps
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    now = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in now.items() if handler not in (signal.SIG_IGN, None)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         then()
@@ -204,38 +159,7 @@ def _add_operation(app: FastAPI, services: Services) -> None:
     @router.get("/metrics", responses=openapi.PROMETHEUS_RESPONSES)
     async def metrics() -> Response:
         """Return the server's own metrics, for Prometheus."""
-        services.telemetry.waiting_bytes.set(services.bodies.bytes)
         text = await asyncio.to_thread(services.telemetry.exposition)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.include_router(router)
-
-
-def _evalvault_database() -> str:
-    """Return the address of the database that EvalVault's settings name."""
-    try:
-        from evalvault.config.settings import get_settings
-    except ImportError:
-        raise ConfigurationError(
-            "give db=, or store=: EvalVault, whose settings would say it, is not installed"
-        ) from None
-    settings = get_settings()
-    if getattr(settings, "db_backend", "postgres") == "sqlite":
-        return str(settings.evalvault_db_path)
-    if settings.postgres_connection_string:
-        return str(settings.postgres_connection_string)
-    from urllib.parse import quote
-
-    user = quote(settings.postgres_user or "postgres", safe="")
-    password = f":{quote(settings.postgres_password, safe='')}" if settings.postgres_password else ""
-    host, port = settings.postgres_host or "localhost", settings.postgres_port
-    return f"postgresql://{user}{password}@{host}:{port}/{settings.postgres_database}"
-
-
-def _evalvault_token_check() -> list[Callable[..., Any]]:
-    try:
-        from evalvault.adapters.inbound.api.main import require_api_token
-    except ImportError:
-        return []
-    check: Callable[..., str | Awaitable[str | None] | None] = require_api_token
-    return [check]

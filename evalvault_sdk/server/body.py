@@ -43,8 +43,10 @@ _ZSTD_STEP = 128
 class BodyBudget:
     """What the bodies that are being worked on may hold together."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, on_change: Callable[[int], None] = lambda size: None) -> None:
+        """Bound by `settings`; `on_change` is told of the bytes that are held, in any thread."""
         self._settings = settings
+        self._on_change = on_change
         self._lock = threading.Lock()
         #: Bodies that are on their way: they hold little, and come as slowly as their senders like.
         self._arriving = 0
@@ -110,6 +112,7 @@ class BodyBudget:
             if size > 0 and self.bytes + size > limit:
                 raise _overloaded()
             self.bytes += size
+        self._on_change(self.bytes)
 
 
 @attrs.define(kw_only=True)

@@ -20,7 +20,7 @@ import attrs
 
 from evalvault_sdk.errors import StoreError
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.answers import come_again
+from evalvault_sdk.server.answers import come_again, logger
 from evalvault_sdk.server.store.base import Store
 
 #: Events stored in one transaction; one request may have more.
@@ -49,25 +49,30 @@ class GroupCommit:
         *,
         on_commit: Callable[[], None] = lambda: None,
         on_timed: Callable[[float], None] = lambda seconds: None,
+        on_waiting: Callable[[int], None] = lambda events: None,
     ) -> None:
         """
         Store into `store`, with as many threads as it can use.
 
-        `on_commit` is called after each transaction, `on_timed` with the seconds that it took, in a thread.
+        `on_commit` is called after each transaction, `on_timed` with the seconds that it took, `on_waiting` with
+        the number of events that wait whenever it changes; all in any thread.
         """
+        self._on_waiting = on_waiting
         self._store = store
         self._on_commit = on_commit
         self._on_timed = on_timed
         self._waiting: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        #: Since when the store has failed; None while it works.
+        self._failing_since: float | None = None
         self._threads: list[threading.Thread] = []
         #: Events that wait, or are being stored.
         self.waiting_events = 0
 
     def submit(self, events: Sequence[StageEvent]) -> Future[Refused]:
         """
-        Have `events` stored; the future fails with `StoreError` if none of them is.
+        Have `events` stored; the future fails with `StoreError` if not all of them are known to be.
 
         Raises `ApiError` when too many wait already.
         """
@@ -81,7 +86,14 @@ class GroupCommit:
             self.waiting_events += len(events)
             self._start_threads()
             self._changed.notify()
+        self._on_waiting(self.waiting_events)
         return waiting.done
+
+    def open(self) -> None:
+        """Begin again, after `close`."""
+        with self._changed:
+            if self._closed:
+                self._closed, self._threads = False, []
 
     def close(self) -> None:
         """Store what waits, then end. What comes later is told to come again. A store that hangs is given up."""
@@ -96,14 +108,23 @@ class GroupCommit:
         # With the first batch, not before: a process may fork until then.
         while len(self._threads) < self._store.writers:
             name = f"evalvault-commit-{len(self._threads)}"
-            self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
-            self._threads[-1].start()
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def _run(self) -> None:
         while group := self._take():
-            self._save(group)
-            with self._changed:
-                self.waiting_events -= sum(len(waiting.events) for waiting in group)
+            started = time.perf_counter()
+            try:
+                self._save(group)
+                self._on_timed(time.perf_counter() - started)
+                self._on_commit()
+            except Exception:  # noqa: BLE001 - whoever listens; storing must go on
+                logger.exception("evalvault: storing met a fault of the server")
+            finally:
+                with self._changed:
+                    self.waiting_events -= sum(len(waiting.events) for waiting in group)
+                self._on_waiting(self.waiting_events)
 
     def _take(self) -> list[_Waiting]:
         with self._changed:
@@ -112,15 +133,18 @@ class GroupCommit:
             size = 0
             while self._waiting and (not group or size + len(self._waiting[0].events) <= _GROUP_EVENTS):
                 group.append(self._waiting.popleft())
+                group[-1].done.set_running_or_notify_cancel()  # from here on it is done, whoever waits for it
                 size += len(group[-1].events)
             return group
 
     def _save(self, group: Sequence[_Waiting]) -> None:
         events = [event for waiting in group for event in waiting.events]
-        started = time.perf_counter()
         try:
             refused = self._store.save(events)
         except StoreError as error:
+            if self._failing_since is None:
+                self._failing_since = time.monotonic()
+                logger.error("evalvault: storing fails, and clients are told to come again: %s", error)
             for waiting in group:
                 waiting.done.set_exception(error)
             return
@@ -133,12 +157,12 @@ class GroupCommit:
                 known = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} while storing")
                 group[0].done.set_exception(known)
             return
-        finally:
-            self._on_timed(time.perf_counter() - started)
+        if self._failing_since is not None:
+            logger.warning("evalvault: storing works again, after %.0f s", time.monotonic() - self._failing_since)
+            self._failing_since = None
         start = 0
         for waiting in group:
             end = start + len(waiting.events)
             mine = {index - start: why for index, why in refused.items() if start <= index < end} if refused else {}
             waiting.done.set_result(mine)
             start = end
-        self._on_commit()

@@ -80,17 +80,21 @@ class LiveFeed:
         """
         Yield what is stored beyond `place` (None: from now on) and the place to go on from.
 
-        The first page comes at once, even if it is empty; empty ones follow about every second. Ends when
-        the server does. Raises `StoreError`.
+        The first page is empty, and says where it begins: at the end if `place` is beyond it, since that is of
+        another database, a restored one perhaps. Empty ones follow about every second. Ends when the server
+        does. Raises `StoreError`.
         """
+        _, end = await self._look(None, run_id)
+        place = end if place is None else min(place, end)
+        yield [], place
         while not self.closing:
             news = self._news  # before the look: what is stored during it is news
             found, place = await self._look(place, run_id)
             yield [stored for stored in found if access.covers(stored.event.run_id)], place
-            if len(found) < _PAGE:
-                await asyncio.sleep(_BREATH_S)
+            if not found:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(news.wait(), _LOOK_EVERY_S)
+            await asyncio.sleep(_BREATH_S)
 
     async def _look(self, place: int | None, run_id: str | None) -> tuple[list[StoredEvent], int]:
         if self._threads is None:

@@ -161,7 +161,7 @@ _UNAVAILABLE: _Responses = {
         **_error(
             "The database is not to be had, or too many requests came at once.",
             "Database unavailable",
-            "nothing was stored; try again later",
+            "the database does not do what it should; send the same again later",
         ),
         "headers": {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}},
     }

@@ -72,6 +72,8 @@ def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda ur
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
         if app is not None:
             _collect_less()
+            # Else a page elsewhere, whose name is made to mean this machine, could ask as if it were from here.
+            app.state.evalvault.local_only = Guard.of(settings).is_open and not settings.insecure
             on_ready(url)
             uvicorn.Server(uvicorn.Config(app, **_options(settings))).run(sockets=[listening])
             return
@@ -136,31 +138,43 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         """Give a new connection some time for its first request."""
         super().connection_made(transport)
         self._head_bytes = 0
-        self._patience = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
+        self._patience: asyncio.TimerHandle | None = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
         """Take what comes, but no head without end: what parses it would keep all of it."""
         super().data_received(data)
-        if self.cycle is None or self.cycle.response_complete:
+        if self._asks_nothing():
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES:
                 self.transport.close()
+            elif self._patience is None:
+                self._patience = self.loop.call_later(_HEAD_TIMEOUT_S, self._give_up)
         else:
             self._head_bytes = 0
+            self._be_patient()
 
     def eof_received(self) -> bool:
         """Answer also those who have nothing more to say (RFC 9293, 3.6): keep the connection until that is done."""
         super().eof_received()
-        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_started
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        self._patience.cancel()
+        self._be_patient()
         super().connection_lost(exc)
 
+    def _asks_nothing(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _be_patient(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
     def _give_up(self) -> None:
+        self._patience = None
         # Not while a request is answered, nor once it has become a WebSocket, which has a protocol of its own.
-        if self.cycle is None and self.transport.get_protocol() is self:
+        if self._asks_nothing() and self.transport.get_protocol() is self:
             self.transport.close()
 
 

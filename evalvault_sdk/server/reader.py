@@ -14,7 +14,6 @@ from datetime import datetime
 from typing import Any
 
 from evalvault_sdk.errors import RunNotFoundError
-from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server import report, summary
 from evalvault_sdk.server.criteria import Criteria
 from evalvault_sdk.server.metrics import StageMetric
@@ -84,11 +83,10 @@ class RunReader:
         with self._store.snapshot() as view:
             _check_run(view, run_id)
             found = view.traces(run_id, status=status, before=cursor, limit=limit)
-            traces = []
-            for _, trace_id in found:
-                stages = view.events(run_id, EventFilter(trace_id=trace_id), limit=_MAX_TRACE_STAGES + 1)
-                events = [stored.event for stored in stages]
-                traces.append(_trace(trace_id, events[:_MAX_TRACE_STAGES], complete=len(events) <= _MAX_TRACE_STAGES))
+            traces = [
+                _trace(trace_id, view.events(run_id, EventFilter(trace_id=trace_id), limit=_MAX_TRACE_STAGES + 1))
+                for _, trace_id in found
+            ]
         return {
             "run_id": run_id,
             "traces": traces,
@@ -154,6 +152,7 @@ class RunReader:
                 summary.summarize(run_id, totals),
                 self._metrics(view.events(run_id)),
                 max_metrics=limit,
+                stage_types=summary.stage_types(totals),
             )
 
     def pages(self, run_id: str, which: EventFilter = EVERYTHING) -> Iterator[list[StoredEvent]]:
@@ -184,30 +183,20 @@ def _check_run(view: Snapshot, run_id: str) -> None:
         raise RunNotFoundError(run_id)
 
 
-def _trace(trace_id: str, events: list[StageEvent], *, complete: bool) -> dict[str, Any]:
-    ids = {event.stage_id for event in events}
-    roots = [event for event in events if event.parent_stage_id not in ids]
-    root = roots[0] if len(roots) == 1 else None
-    started_at = min((event.started_at for event in events if event.started_at), default=None)
-    finished_at = max((event.finished_at for event in events if event.finished_at), default=None)
-    if root is not None and root.duration_ms is not None:
-        duration_ms: float | None = root.duration_ms
-    elif started_at and finished_at:
-        duration_ms = (finished_at - started_at).total_seconds() * 1000
-    else:
-        duration_ms = None
-    errors = sum(event.status == "error" for event in events)
-    return {
-        "trace_id": trace_id,
-        "name": (root.stage_name or root.stage_type) if root else None,
-        "status": root.status if root and not errors else "error" if errors else "success",
-        "started_at": _iso(started_at),
-        "finished_at": _iso(finished_at),
-        "duration_ms": duration_ms,
-        "stage_count": len(events),
-        "error_count": errors,
-        "complete": complete,
-        "stages": [
+def _trace(trace_id: str, events: Iterable[StoredEvent]) -> dict[str, Any]:
+    """Return a trace by its events, of which each is forgotten as soon as it was looked at."""
+    stages: list[dict[str, Any]] = []
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    complete = True
+    for stored in events:
+        event = stored.event
+        if len(stages) == _MAX_TRACE_STAGES:
+            complete = False
+            break
+        started_at = min(filter(None, (started_at, event.started_at)), default=None)
+        finished_at = max(filter(None, (finished_at, event.finished_at)), default=None)
+        stages.append(
             {
                 "stage_id": event.stage_id,
                 "parent_stage_id": event.parent_stage_id,
@@ -217,8 +206,25 @@ def _trace(trace_id: str, events: list[StageEvent], *, complete: bool) -> dict[s
                 "started_at": _iso(event.started_at),
                 "duration_ms": event.duration_ms,
             }
-            for event in events
-        ],
+        )
+    ids = {stage["stage_id"] for stage in stages}
+    roots = [stage for stage in stages if stage["parent_stage_id"] not in ids]
+    root = roots[0] if len(roots) == 1 else None
+    duration_ms = root["duration_ms"] if root else None
+    if duration_ms is None and started_at and finished_at:
+        duration_ms = (finished_at - started_at).total_seconds() * 1000
+    errors = sum(stage["status"] == "error" for stage in stages)
+    return {
+        "trace_id": trace_id,
+        "name": (root["stage_name"] or root["stage_type"]) if root else None,
+        "status": "error" if errors else root["status"] if root else "success",
+        "started_at": _iso(started_at),
+        "finished_at": _iso(finished_at),
+        "duration_ms": duration_ms,
+        "stage_count": len(stages),
+        "error_count": errors,
+        "complete": complete,
+        "stages": stages,
     }
 
 

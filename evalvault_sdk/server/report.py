@@ -176,9 +176,10 @@ def debug_report(
     metrics: Iterable[StageMetric],
     *,
     max_metrics: int,
+    stage_types: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """
-    Return the debug report of a run: the object of the contract, and `failing_metrics`.
+    Return the debug report of a run: the object of the contract, `failing_metrics`, and `stage_types` as given.
 
     All `metrics` are judged; the first `max_metrics` are listed, and `run_summary.total_stage_metrics` says
     how many there are. Trace links are null: a live run has no tracker's metadata to take them from.
@@ -194,6 +195,7 @@ def debug_report(
         "stage_summary": summary,
         "stage_metrics": listed,
         "failing_metrics": tally.failing(),
+        "stage_types": stage_types or {},
         "bottlenecks": bottlenecks(summary),
         "recommendations": tally.recommendations(),
         "phoenix_trace_url": None,
@@ -207,10 +209,13 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# Debug report: {run['run_id']}", ""]
     lines += ["| Run | |", "| --- | --- |"]
     lines += [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in run.items() if name != "run_id"]
-    lines += ["", "## Stages", "", "| Stage type | Events | Mean ms |", "| --- | ---: | ---: |"]
+    lines += ["", "## Stages", ""]
+    lines += ["| Stage type | Events | Errors | Mean ms | p95 ms |", "| --- | ---: | ---: | ---: | ---: |"]
     for kind, count in summary["stage_type_counts"].items():
-        mean_ms = summary["stage_type_avg_durations"].get(kind)
-        lines.append(f"| {_cell(kind)} | {count} | {'-' if mean_ms is None else f'{mean_ms:.1f}'} |")
+        detail = report["stage_types"].get(kind, {})
+        errors = f"{detail['errors']} ({detail['error_rate']:.0%})" if detail.get("errors") else "0"
+        mean_ms, p95_ms = summary["stage_type_avg_durations"].get(kind), detail.get("p95_ms")
+        lines.append(f"| {_cell(kind)} | {count} | {errors} | {_ms(mean_ms)} | {_ms(p95_ms)} |")
     lines += ["", "## Bottlenecks", ""]
     lines += [f"- {_bottleneck(entry)}" for entry in report["bottlenecks"]] or ["None."]
     lines += ["", "## Recommendations", ""]
@@ -231,6 +236,10 @@ def _bottleneck(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "missing_stage":
         return f"no `{entry['stage_type']}` stage was recorded"
     return f"`{entry['stage_type']}` takes {entry['avg_duration_ms']:g} ms on average"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _cell(value: object) -> str:

@@ -26,6 +26,7 @@ _ROUND_S = 600.0
 _STEP = 5_000
 _PAUSE_S = 0.05
 _RUNS = 100
+_CLOSE_S = 2.0
 
 
 class Retention:
@@ -44,14 +45,15 @@ class Retention:
     def start(self) -> None:
         """Begin, if anything is to be deleted at all."""
         if self._days is not None or self._run_events is not None:
+            self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="evalvault-retention", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """End after the step that is under way."""
+        """End soon; a large run that is being trimmed is not waited for."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         while True:
@@ -88,6 +90,8 @@ class Retention:
             with self._store.snapshot() as view:
                 runs = view.runs(prefixes=[""], before=before, limit=_RUNS)
             for run in runs:
+                if self._stop.is_set():
+                    return
                 if run.events > keep:
                     self._deleted(self._store.trim_run(run.run_id, keep))
             if len(runs) < _RUNS or self._stop.wait(_PAUSE_S):

@@ -120,14 +120,15 @@ def new_token() -> str:
 
 def check_exposure(host: str, *, guarded: bool, insecure: bool) -> None:
     """Raise `ConfigurationError` for a server that would show its users' questions to the network."""
-    if not guarded and not insecure and not _is_loopback(host):
+    if not guarded and not insecure and not is_loopback(host):
         raise ConfigurationError(
             f"listening on {host} without a token would let anyone on the network read and write: "
             "give --token (EVALVAULT_API_TOKEN) or --tokens-file, or say --insecure if something in front checks access"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address is this machine's for itself."""
     if host == "localhost":
         return True
     try:

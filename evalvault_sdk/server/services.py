@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -24,13 +24,16 @@ from evalvault_sdk.server.limiter import RateLimiter
 from evalvault_sdk.server.live import LiveFeed
 from evalvault_sdk.server.reader import RunReader
 from evalvault_sdk.server.retention import Retention
-from evalvault_sdk.server.security import Access, Guard
+from evalvault_sdk.server.security import Access, Guard, is_loopback
 from evalvault_sdk.server.settings import ServerSettings
 from evalvault_sdk.server.store.base import Store
 from evalvault_sdk.server.telemetry import Telemetry
 
 #: Bodies parsed at once: each may cost some hundred megabytes.
 _PARSERS = 4
+#: Looks whether the store can be reached at once, and seconds that one may take: who asks needs no token.
+_CHECKERS = 2
+_CHECK_TIMEOUT_S = 5.0
 #: Questions answered at once; each may need a connection to the database.
 _READERS = 8
 
@@ -47,26 +50,44 @@ class Services:
         self.settings = settings
         self.guard = Guard.of(settings)
         self.reader = RunReader(store, Criteria.of(settings))
-        self.bodies = BodyBudget(settings)
         self.limiter = RateLimiter(settings.rate_limit) if settings.rate_limit else None
         self.live = LiveFeed(store, max_streams=settings.max_live_streams)
         self.telemetry = telemetry = Telemetry()
-        self.commit = GroupCommit(store, on_commit=self.live.stored, on_timed=telemetry.store_seconds.observe)
+        self.bodies = BodyBudget(settings, on_change=telemetry.waiting_bytes.set)
+        self.commit = GroupCommit(
+            store,
+            on_commit=self.live.stored,
+            on_timed=telemetry.store_seconds.observe,
+            on_waiting=telemetry.waiting_events.set,
+        )
         self.retention = Retention(store, settings, on_deleted=telemetry.deleted.inc)
+        #: Whether it may be asked under names of this machine only.
+        self.local_only = False
         self._parsers: CapacityLimiter | None = None
         self._readers: CapacityLimiter | None = None
+        self._checkers: CapacityLimiter | None = None
 
     def start(self) -> None:
-        """Begin what happens without being asked."""
+        """Begin: also again, after `close`."""
+        self.live.closing = False
+        self.commit.open()
         self.retention.start()
 
     def close(self) -> None:
         """Store what was accepted, and end all threads."""
-        self.retention.close()
         self.commit.close()
+        self.retention.close()
 
-    def admit(self, authorization: str | None, address: str | None, *, write: bool) -> Access:
+    def admit(self, headers: Mapping[str, str], address: str | None, *, write: bool) -> Access:
         """Return what the sender of a request may do. Raises `ApiError`."""
+        authorization = headers.get("authorization")
+        if self.local_only and not _means_this_machine(headers.get("host", "")):
+            raise ApiError(
+                403,
+                "Forbidden",
+                "without a token this server is asked as localhost only: give it a token, or --insecure",
+                reason="forbidden",
+            )
         try:
             access = self.guard.access(authorization)
         except ApiError:
@@ -102,14 +123,12 @@ class Services:
         submission = await to_thread.run_sync(parse, limiter=self._parsers)
         if submission.events:
             stored = asyncio.wrap_future(self.commit.submit(submission.events))
-            self.telemetry.waiting_events.set(self.commit.waiting_events)
             body.count_until(stored)  # it goes on when the client does not wait for it
             done, _ = await asyncio.wait([stored], timeout=self.settings.store_timeout_s)
             if not done:
                 raise come_again(
                     "Database slow", "storing takes too long; send the same again later", reason="database"
                 )
-            self.telemetry.waiting_events.set(self.commit.waiting_events)
             submission = submission.without(stored.result())
         self.telemetry.events.labels("stored").inc(len(submission.events))
         self.telemetry.events.labels("rejected").inc(len(submission.rejected))
@@ -125,11 +144,15 @@ class Services:
 
     async def check_store(self) -> None:
         """Raise `StoreError` unless the store can be reached within some seconds."""
+        if self._checkers is None:
+            self._checkers = CapacityLimiter(_CHECKERS)
+        check = to_thread.run_sync(self.store.check, abandon_on_cancel=True, limiter=self._checkers)
         try:
-            await asyncio.wait_for(to_thread.run_sync(self.store.check, abandon_on_cancel=True), _CHECK_TIMEOUT_S)
+            await asyncio.wait_for(check, _CHECK_TIMEOUT_S)
         except asyncio.TimeoutError:
             raise StoreError(f"the database {self.store.address} does not answer") from None
 
 
-#: Seconds that a look at the store may take.
-_CHECK_TIMEOUT_S = 5.0
+def _means_this_machine(host: str) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return is_loopback(name.strip("[]").lower())

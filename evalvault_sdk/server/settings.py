@@ -67,7 +67,7 @@ class ServerSettings:
         default="evalvault.db",
         converter=checks.as_path,
         validator=checks.is_path,
-        repr=lambda value: "'***'" if "@" in value else repr(value),
+        repr=lambda value: "'***'" if "://" in value else repr(value),
     )
     host: str = setting("EVALVAULT_SERVER_HOST", "The address to listen on.", default="127.0.0.1")
     port: int = setting(
@@ -102,7 +102,7 @@ class ServerSettings:
     )
     insecure: bool = setting(
         "EVALVAULT_SERVER_INSECURE",
-        "Listen beyond this machine without a token: something in front checks access.",
+        "Listen without a token beyond this machine, and under any name: something in front checks access.",
         default=False,
         read=checks.read_flag,
         validator=checks.is_bool,
@@ -227,14 +227,14 @@ class ServerSettings:
     )
     retain_days: float | None = setting(
         "EVALVAULT_SERVER_RETAIN_DAYS",
-        "Days after which an event is deleted, by the time it ended; by default never.",
+        "Days after which an event is deleted, by the time it ended; looked for every ten minutes. By default never.",
         default=None,
         read=checks.read_number,
         validator=checks.number_or_none(0.001, 36_500),
     )
     retain_run_events: int | None = setting(
         "EVALVAULT_SERVER_RETAIN_RUN_EVENTS",
-        "Events of a run that are kept, the newest; by default all.",
+        "Events of a run that are kept, the newest; looked for every ten minutes. By default all.",
         default=None,
         read=checks.read_whole_number,
         validator=attrs.validators.optional(checks.count(1)),

@@ -129,15 +129,23 @@ class RequestTelemetry:
         route = getattr(scope.get("route"), "path", "unknown")
         self._telemetry.requests.labels(scope["method"], route, str(status)).inc()
         self._telemetry.request_seconds.labels(route).observe(seconds)
-        failed = status >= 500 or status == 0
+        # To ask for a run that is not there is no failure; whatever else is refused, somebody has to mend.
+        failed = status >= 500 or status == 0 or (status >= 400 and status != 404)
         if failed or self._log_requests:
+            access = scope.get("state", {}).get("access")
+            client = scope.get("client") or ("unknown",)
+            fields = {
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "duration_ms": round(seconds * 1000, 1),
+                "client": f"{access.name} at {client[0]}" if access else str(client[0]),
+            }
             logger.log(
                 logging.WARNING if failed else logging.INFO,
-                "%s %s answered %d in %.1f ms",
-                scope["method"],
-                route,
-                status,
-                seconds * 1000,
+                "%(method)s %(route)s answered %(status)d in %(duration_ms).1f ms to %(client)s",
+                fields,
+                extra={"fields": fields},
             )
 
 
@@ -165,25 +173,31 @@ class _OftenSaid(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether a record passes."""
-        sentence = record.msg
+        fields: dict[str, object] = getattr(record, "fields", {})
+        sentence = (record.msg, fields.get("route"), fields.get("status"))
         if len(self._said) > self._SENTENCES:
             self._said.clear()
         since, times = self._said.get(sentence, (record.created, 0))
         if record.created - since >= self._EVERY_S:
             if times > self._TIMES:
-                record.msg = f"{sentence} (and {times - self._TIMES} more in the minute before)"
+                record.msg = f"{record.msg} (and {times - self._TIMES} more in the minute before)"
             since, times = record.created, 0
         self._said[sentence] = (since, times + 1)
         return times < self._TIMES
 
 
 class _Noise(logging.Filter):
-    """Keeps out what uvicorn says of each WebSocket (its query!), and of those that are refused or given up."""
+    """
+    Keeps out what uvicorn says of each WebSocket (its query!), and of those that are refused or given up; and
+    each try of psycopg's to connect again: that the database is away is said once, by us.
+    """
 
     _BEGINNINGS = ('%s - "WebSocket', "connection ", "ASGI callable returned without completing")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether a record passes."""
+        if record.name.startswith("psycopg"):
+            return False
         return record.name != "uvicorn.error" or not str(record.msg).startswith(self._BEGINNINGS)
 
 
@@ -198,6 +212,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             "request_id": request_id.get(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

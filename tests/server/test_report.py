@@ -162,6 +162,7 @@ def test_a_report_judges_all_metrics_and_lists_the_first() -> None:
         "stage_summary",
         "stage_metrics",
         "failing_metrics",
+        "stage_types",
         "bottlenecks",
         "recommendations",
         "phoenix_trace_url",
@@ -172,8 +173,10 @@ def test_a_report_judges_all_metrics_and_lists_the_first() -> None:
 def test_a_report_reads_well_as_markdown() -> None:
     text = as_markdown(make_report([metric("retrieval.recall_at_k", 0.1, 0.6)]))
     assert text.startswith("# Debug report: r|1\n")
-    assert "| retrieval | 2 | 10.0 |" in text
-    assert "| a\\|b | 1 | - |" in text
+    assert "| retrieval | 2 | 0 | 10.0 | - |" in text
+    assert "| a\\|b | 1 | 0 | - | - |" in text
+    failing = {"retrieval": {"errors": 1, "error_rate": 0.5, "p95_ms": 12.34}}
+    assert "| retrieval | 2 | 1 (50%) | 10.0 | 12.3 |" in as_markdown({**make_report([]), "stage_types": failing})
     assert "- no `output` stage was recorded" in text
     assert "- [p0_critical] retriever:" in text
     assert "| retrieval.recall_at_k | 1 | 1 | 0.6 | 0.1 |" in text

@@ -404,7 +404,7 @@ def test_a_token_is_asked_of_every_request(tmp_path: Path, run: str) -> None:
 def test_a_client_that_goes_away_in_the_middle_does_no_harm(server: LiveServer, run: str) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as broken:
         broken.sendall(
-            b"POST /api/stage/events HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /api/stage/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 1000\r\n\r\n{"run_id":'
         )
     assert server.post(stage(run)).status_code == 200

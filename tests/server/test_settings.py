@@ -11,7 +11,8 @@ import pytest
 from evalvault_sdk import ConfigurationError
 from evalvault_sdk.cli.app import serve
 from evalvault_sdk.server import ServerSettings
-from evalvault_sdk.server.app import create_app, mount
+from evalvault_sdk.server.app import create_app
+from evalvault_sdk.server.mounting import mount
 
 
 def test_an_argument_wins_over_its_variable_and_a_variable_over_the_default() -> None:

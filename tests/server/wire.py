@@ -20,7 +20,7 @@ from tests.support import LiveServer
 def request(body: bytes = b"", *, path: str = "/api/stage/events", method: str = "POST", **headers: str) -> bytes:
     """Return a request's bytes; `Content_Type="..."` is a header, and what is not given is right."""
     given = {
-        "Host": "x",
+        "Host": "localhost",
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
         **{name.replace("_", "-"): value for name, value in headers.items()},

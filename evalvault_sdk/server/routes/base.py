@@ -29,6 +29,7 @@ from evalvault_sdk.server.answers import ApiError, as_api_error
 from evalvault_sdk.server.security import Access
 from evalvault_sdk.server.services import Services
 
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -63,9 +64,8 @@ def error_response(error: ApiError) -> Response:
 def as_answer(error: Exception) -> ApiError:
     """Return the answer to whatever was raised, FastAPI's own errors too."""
     if isinstance(error, HTTPException):  # of the app that the router is included in: its own token check, say
-        return ApiError(
-            error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail), headers=error.headers or {}
-        )
+        phrase = _PHRASES.get(error.status_code, "Error")
+        return ApiError(error.status_code, phrase, str(error.detail), headers=error.headers or {})
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
@@ -79,7 +79,6 @@ def create_router(
     prefix: str = "/api/stage",
     tags: tuple[str, ...] = ("stage events",),
     answer: Callable[[Request, ApiError], Response] = lambda request, error: error_response(error),
-    open_to_all: bool = False,
 ) -> APIRouter:
     """Return a router whose endpoints ask for a token, and answer every error with `answer`."""
 
@@ -97,19 +96,19 @@ def create_router(
 
             return handle
 
-    def admit(request: Request) -> None:
+    async def admit(request: Request) -> None:  # on the event loop: a thread for each request would cost more
         write = request.method not in ("GET", "HEAD")
         address = request.client.host if request.client else None
         if write:
             check_origin(request, services.settings.cors_origins)
-        request.state.access = services.admit(request.headers.get("authorization"), address, write=write)
+        request.state.access = services.admit(request.headers, address, write=write)
 
     documented = [] if services.guard.is_open else [Depends(HTTPBearer(auto_error=False))]
     return APIRouter(
         prefix=prefix,
         tags=list(tags),
         route_class=Route,
-        dependencies=[] if open_to_all else [Depends(admit), *documented],
+        dependencies=[Depends(admit), *documented],
     )
 
 
@@ -121,7 +120,11 @@ def check_origin(connection: HTTPConnection, allowed: Collection[str]) -> None:
     server listens without a token, that would be enough to read along, and to write.
     """
     origin = connection.headers.get("origin")
-    if origin is not None and origin not in allowed and origin.partition("://")[2] != connection.headers.get("host"):
+    if (
+        origin is not None
+        and not {origin, "*"} & set(allowed)
+        and origin.partition("://")[2] != connection.headers.get("host")
+    ):
         raise ApiError(403, "Forbidden", "this origin is not among cors_origins", reason="forbidden")
 
 

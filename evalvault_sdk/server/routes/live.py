@@ -81,7 +81,7 @@ def create_routes(services: Services) -> APIRouter:
                     async for found, place in pages(access, run_id, cursor):
                         now = time.monotonic()
                         if not said_at:
-                            yield _message("ready", place if cursor is None else cursor, b"{}")
+                            yield _message("ready", place, b"{}")
                         elif not found and now - said_at >= _SIGN_OF_LIFE_S:
                             yield f": nothing new\nid: {place}\n\n".encode()
                         elif not found:
@@ -101,7 +101,7 @@ def create_routes(services: Services) -> APIRouter:
         address = socket.client.host if socket.client else None
         try:
             check_origin(socket, services.settings.cors_origins)
-            access = services.admit(socket.headers.get("authorization"), address, write=False)
+            access = services.admit(socket.headers, address, write=False)
             if run_id is not None:
                 access.check_run(run_id)
             place = None if cursor is None else _as_place(cursor)
@@ -128,7 +128,7 @@ async def _serve(socket: WebSocket, pages: AsyncIterator[tuple[list[StoredEvent]
             if gone.done():
                 return
             if first:
-                await _send(socket, {"cursor": str(place) if not found else None, "ready": True})
+                await _send(socket, {"cursor": str(place), "ready": True})
             first = False
             for stored in found:
                 await _send(socket, {"cursor": str(stored.place), "event": stored.event.to_dict()})

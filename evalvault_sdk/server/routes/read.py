@@ -8,6 +8,8 @@ Out:  the contract's objects; an export as a stream.
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -24,6 +26,7 @@ from evalvault_sdk.server.routes.base import Stream, access_of, create_router, j
 from evalvault_sdk.server.services import Services
 from evalvault_sdk.server.store.base import EventFilter
 
+_BLANK_OFFSET = re.compile(r" (\d\d:?\d\d)$")
 _StageType = Annotated[str | None, Query(description="Only events of this stage type.")]
 _TraceId = Annotated[str | None, Query(description="Only events of this trace.")]
 _Status = Annotated[str | None, Query(description="Only events of this status: `success`, `error` ...")]
@@ -141,7 +144,12 @@ def create_routes(services: Services) -> APIRouter:
         chunks = write(itertools.chain([] if first is None else [first], pages))
         name = quote(f"{run_id}.{format}", safe="")
         disposition = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}  # RFC 6266, 4.3
-        return Stream(chunks, headers=disposition, media_type=media_type)
+
+        async def stream() -> AsyncIterator[bytes]:
+            while (chunk := await services.ask(next, chunks, None)) is not None:
+                yield chunk
+
+        return Stream(stream(), headers=disposition, media_type=media_type)
 
     return router
 
@@ -151,7 +159,8 @@ def _filter(*, stage_type: str | None, status: str | None, trace_id: str | None,
         if value is not None and "\x00" in value:
             raise ApiError(422, "Invalid request", f"{name}: must not hold a NUL character")
     try:
-        moment: datetime | None = parse_time("since", since)
+        # A plus sign in an address that nobody escaped is a blank.
+        moment: datetime | None = parse_time("since", since and _BLANK_OFFSET.sub(r"+\1", since))
     except InvalidStageEventError as error:
         raise ApiError(422, "Invalid request", str(error)) from None
     given: dict[str, Any] = {"status": status, "trace_id": trace_id, "since": moment}

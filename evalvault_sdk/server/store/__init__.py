@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from evalvault_sdk.errors import ConfigurationError
 from evalvault_sdk.server.store.base import (
     EVERYTHING,
@@ -29,6 +31,9 @@ __all__ = [
     "StoredEvent",
     "open_store",
 ]
+
+
+_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&]*")
 
 
 def open_store(address: str, *, read_only: bool = False) -> Store:
@@ -69,6 +74,6 @@ def without_password(address: str) -> str:
     """Return an address as people may see it."""
     scheme, separator, rest = address.partition("://")
     credentials, at, host = rest.rpartition("@")
-    return (
-        f"{scheme}://{credentials.partition(':')[0]}:***@{host}" if separator and at and ":" in credentials else address
-    )
+    user, colon, _ = credentials.partition(":")
+    shown = f"{scheme}://{user}:***@{host}" if separator and at and colon else address
+    return _PASSWORD.sub(r"\1***", shown)

@@ -154,7 +154,7 @@ class Store(Protocol):
         Store `events`, each replacing what has its run and stage id. When it returns, they are durable.
 
         Returns, by index, why single events were refused, if the database itself has rules that they break;
-        all others are stored. When it raises, none is.
+        all others are stored. When it raises, not all are: storing them again is right, and does no harm.
         """
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:

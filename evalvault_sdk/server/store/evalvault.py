@@ -21,6 +21,7 @@ from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server.metrics import StageMetric
 from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, RunEntry, RunTotals, StageTypeTotals, StoredEvent
 from evalvault_sdk.server.store.memory import MemorySnapshot
+from evalvault_sdk.server.store.rows import COLUMNS, lenient_event
 
 try:
     from evalvault.domain.entities import stage as their
@@ -60,7 +61,8 @@ class EvalVaultStore:
 
     def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
         """Hand `events` over; see `Store.save`."""
-        theirs = [their.StageEvent.from_dict(event.to_dict()) for event in events]
+        with _store_errors():
+            theirs = [their.StageEvent.from_dict(event.to_dict()) for event in events]
         refused: dict[int, str] = {}
         self._save(list(enumerate(theirs)), refused)
         return refused
@@ -140,7 +142,7 @@ class EvalVaultSnapshot:
         if run_id not in self._listed:
             with _store_errors():
                 listed = self._port.list_stage_events(run_id)
-            events = [StageEvent.from_dict(event.to_dict()) for event in listed]
+            events = [_event_of(event.to_dict()) for event in listed]
             stored = [StoredEvent(place, event) for place, event in enumerate(events, start=1)]
             self._listed[run_id] = MemorySnapshot({run_id: stored}, [])
         return self._listed[run_id]
@@ -181,6 +183,12 @@ class EvalVaultSnapshot:
             yield StageMetric(
                 metric.run_id, metric.stage_id, metric.metric_name, metric.score, metric.threshold, metric.evidence
             )
+
+
+def _event_of(theirs: dict[str, Any]) -> StageEvent:
+    trace = theirs.get("trace") or {}
+    fields = {name: theirs.get(name) for name in COLUMNS}
+    return lenient_event({**fields, "trace_id": trace.get("trace_id"), "span_id": trace.get("span_id")})
 
 
 def _configured_storage() -> Any:

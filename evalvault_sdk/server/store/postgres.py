@@ -43,6 +43,8 @@ except ImportError as missing:
 logger = logging.getLogger("evalvault_sdk.server")
 
 _Connection = psycopg.Connection[tuple[Any, ...]]
+#: The rows of one event, as often as a batch has it, each with the index of where it stood.
+_Numbered = list[tuple[int, tuple[Any, ...]]]
 
 #: Numbered files of schema changes, applied in order, each once.
 _SCHEMA = ("postgres_0001_stage_tables.sql", "postgres_0002_reading_indexes.sql")
@@ -96,6 +98,7 @@ _DIALECT = Dialect(
     stage_type_totals=load_sql("postgres_stage_type_totals.sql"),
     run_totals=load_sql("postgres_run_totals.sql"),
     run_ids=load_sql("postgres_run_ids.sql"),
+    lock_run="SELECT pg_advisory_xact_lock(hashtextextended(:run, 0))",
 )
 
 
@@ -156,10 +159,10 @@ class PostgresStore(SqlStore):
     def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
         """Store `events` in one transaction; see `Store.save`."""
         refused: dict[int, str] = {}
-        rows: dict[tuple[str, str], tuple[int, tuple[Any, ...]]] = {}
+        rows: dict[tuple[str, str], _Numbered] = {}
         for index, event in enumerate(events):
             try:
-                row = _row_of(event)
+                row = _row_of(event, self._run(event.run_id))
             except OverflowError:
                 refused[index] = "started_at and finished_at must be in the years 1 to 9999, in UTC"
                 continue
@@ -167,9 +170,7 @@ class PostgresStore(SqlStore):
                 refused[index] = "attributes and metadata must hold no NUL character: EvalVault's database takes none"
                 continue
             # One statement cannot replace a row twice: the last of equals wins, in the place of the first.
-            key = (self._run(event.run_id), event.stage_id)
-            place = rows.setdefault(key, (index, row))[0]
-            rows[key] = (place, row)
+            rows.setdefault((row[0], event.stage_id), []).append((index, row))
         numbered = list(rows.values())
         with self._errors(), self._pool.connection() as connection:
             if self._runs_are_uuids:
@@ -240,21 +241,21 @@ class PostgresStore(SqlStore):
                 self._settled = max(self._settled, self._settling.popleft()[0])
             return self._settled
 
-    def _merge(
-        self, connection: _Connection, numbered: Sequence[tuple[int, tuple[Any, ...]]], refused: dict[int, str]
-    ) -> None:
+    def _merge(self, connection: _Connection, numbered: Sequence[_Numbered], refused: dict[int, str]) -> None:
         """Store rows; where the database refuses some, halve until it is clear which."""
         if not numbered:
             return
         try:
-            self._merge_at_once(connection, [row for _, row in numbered])
+            self._merge_at_once(connection, [equals[-1][1] for equals in numbered])
         except (psycopg.DataError, psycopg.IntegrityError) as error:
-            if len(numbered) == 1:
-                refused[numbered[0][0]] = f"the database refuses it: {_reason(error)}"
+            if len(numbered) > 1:
+                middle = len(numbered) // 2
+                self._merge(connection, numbered[:middle], refused)
+                self._merge(connection, numbered[middle:], refused)
                 return
-            middle = len(numbered) // 2
-            self._merge(connection, numbered[:middle], refused)
-            self._merge(connection, numbered[middle:], refused)
+            *others, (index, _) = numbered[0]
+            refused[index] = f"the database refuses it: {_reason(error)}"
+            self._merge(connection, [others] if others else [], refused)  # another of its id may be better
 
     def _merge_at_once(self, connection: _Connection, rows: Sequence[tuple[Any, ...]]) -> None:
         for attempt in range(_DEADLOCK_TRIES):
@@ -276,9 +277,9 @@ class PostgresStore(SqlStore):
                 return
 
     def _known_runs_only(
-        self, connection: _Connection, numbered: Sequence[tuple[int, tuple[Any, ...]]], refused: dict[int, str]
-    ) -> list[tuple[int, tuple[Any, ...]]]:
-        ids = {run_id: _as_uuid(run_id) for run_id in {row[0] for _, row in numbered}}
+        self, connection: _Connection, numbered: Sequence[_Numbered], refused: dict[int, str]
+    ) -> list[_Numbered]:
+        ids = {run_id: _as_uuid(run_id) for run_id in {equals[0][1][0] for equals in numbered}}
         asked = [str(found) for found in ids.values() if found is not None]
         known = {
             found
@@ -287,11 +288,12 @@ class PostgresStore(SqlStore):
             )
         }
         kept = []
-        for index, row in numbered:
-            if ids[row[0]] in known:
-                kept.append((index, row))
+        for equals in numbered:
+            if ids[equals[0][1][0]] in known:
+                kept.append(equals)
             else:
-                refused[index] = "run_id is no run of EvalVault's, and its database takes no others"
+                why = "run_id is no run of EvalVault's, and its database takes no others"
+                refused.update((index, why) for index, _ in equals)
         return kept
 
     def _run(self, run_id: str) -> str:
@@ -364,9 +366,10 @@ def _begin(connection: _Connection, words: str) -> None:
     connection.execute(f"{words} {timeouts}")
 
 
-def _row_of(event: StageEvent) -> tuple[Any, ...]:
+def _row_of(event: StageEvent, run_id: str) -> tuple[Any, ...]:
     """Return an event's columns, its times in UTC: PostgreSQL knows no offset of a day, Python does."""
     row = list(row_of(event))
+    row[0] = run_id
     for place, moment in ((_STARTED_AT, event.started_at), (_FINISHED_AT, event.finished_at)):
         if moment is not None and moment.tzinfo is not timezone.utc:
             row[place] = moment.astimezone(timezone.utc).isoformat()  # at the ends of the calendar: OverflowError

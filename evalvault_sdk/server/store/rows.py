@@ -79,11 +79,16 @@ def event_of(row: Sequence[Any]) -> StageEvent:
     fields = dict(zip(COLUMNS, row, strict=True))
     for name in ("input_ref", "output_ref", "attributes", "metadata"):
         fields[name] = _readable_json(fields[name])
+    return lenient_event(fields)
+
+
+def lenient_event(fields: dict[str, Any]) -> StageEvent:
+    """Return the event with these fields, which another program may have written by laxer rules than ours."""
     while True:
         try:
             return StageEvent(**fields)
         except InvalidStageEventError as error:
-            # Another program wrote the row, by laxer rules. Leave out the field, not the event.
+            # Leave out the field, not the event.
             name = error.field.partition(".")[0]
             if fields.get(name) is None:
                 raise

@@ -44,6 +44,8 @@ class Dialect:
     run_totals: str
     #: Yields each run's id and last place.
     run_ids: str
+    #: Keeps others from replacing the metrics of `:run` until the transaction ends.
+    lock_run: str
 
 
 class SqlSnapshot:

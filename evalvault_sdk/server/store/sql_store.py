@@ -71,6 +71,8 @@ class SqlStore(abc.ABC):
         rows = [dict(zip(_METRIC_COLUMNS, metric_row_of(metric), strict=True)) for metric in metrics]
         names = [{name: row[name] for name in _METRIC_COLUMNS[:3]} for row in rows]
         with self._writing() as writing:
+            for run in sorted({metric.run_id for metric in metrics}):
+                list(writing.ask(self.dialect.lock_run, {"run": run}))
             writing.each(
                 "DELETE FROM stage_metrics "
                 "WHERE run_id = :run_id AND stage_id = :stage_id AND metric_name = :metric_name",
@@ -134,6 +136,7 @@ class SqlStore(abc.ABC):
             deleted += len(rows)
 
     def _delete(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        rows = sorted(rows, key=lambda row: (str(row[1]), row[2]))  # as they are locked when they are stored
         with self._writing() as writing:
             writing.each("DELETE FROM stage_events WHERE id = :id", [{"id": row[0]} for row in rows])
             if list(writing.ask("SELECT 1 FROM stage_metrics LIMIT 1", {})):

@@ -47,6 +47,7 @@ _DIALECT = Dialect(
     stage_type_totals=load_sql("sqlite_stage_type_totals.sql"),
     run_totals=load_sql("sqlite_run_totals.sql"),
     run_ids=load_sql("sqlite_run_ids.sql"),
+    lock_run="SELECT :run",  # one transaction writes at a time
 )
 
 
