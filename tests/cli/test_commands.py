@@ -375,3 +375,24 @@ def test_show_trusts_the_ca_that_the_sdk_trusts(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_a_large_file_is_sent_in_its_order_so_that_the_later_of_two_equals_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from evalvault_sdk import StageEvent
+    from evalvault_sdk.cli.ingest import ServerTarget
+    from evalvault_sdk.delivery.transport import Delivered, TooLarge
+
+    sent: list[int] = []
+
+    def send(self: ServerTarget, batch: Any) -> Any:
+        if len(batch.events) > 1:
+            return TooLarge()
+        sent.append(json.loads(batch.events[0])["attempt"])
+        return Delivered()
+
+    monkeypatch.setattr(ServerTarget, "_send", send)
+    events = [StageEvent(run_id="r", stage_type="x", stage_id="s", attempt=number) for number in range(1, 6)]
+    assert ServerTarget("http://localhost:1", None).store(events) == ()
+    assert sent == [1, 2, 3, 4, 5]

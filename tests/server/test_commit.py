@@ -302,3 +302,12 @@ def test_many_threads_that_submit_and_one_that_closes_lose_nothing_that_was_acce
         group.close()
     assert all(future.done() and future.result() == {} for _, future in accepted)
     assert {stored.event.stage_id for stored in now(store).events("r")} == {name for name, _ in accepted}
+
+
+def test_an_app_over_a_kept_store_can_begin_again() -> None:
+    from starlette.testclient import TestClient
+
+    app = create_app(store=MemoryStore())
+    for number in range(2):
+        with TestClient(app, base_url="http://localhost") as client:
+            assert client.post("/api/stage/events", json=stage("r", number)).status_code == 200

@@ -422,3 +422,52 @@ def test_a_reader_that_leaves_in_the_middle_leaves_its_connection(postgres: Post
     with store.snapshot() as view:
         assert view.count("r") == 3000
     store.close()
+
+
+def test_every_copy_of_a_refused_event_is_refused_and_a_better_one_is_stored(postgres: Postgres) -> None:
+    store = open_store(evalvault_database(postgres))
+    assert sorted(store.save([event(1, run_id="nobody"), event(1, run_id="nobody")])) == [0, 1]
+    store.close()
+    url = postgres.new_database()
+    store = open_store(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE stage_events ADD CHECK (length(stage_name) < 10)")
+    too_long = event(1, stage_name="x" * 20)
+    assert sorted(store.save([event(1, stage_name="good"), too_long])) == [1]
+    assert [stored.event.stage_name for stored in now(store).events("r")] == ["good"]
+    assert sorted(store.save([too_long, event(1, stage_name="last"), event(2)])) == []
+    assert [stored.event.stage_name for stored in now(store).events("r")] == ["last", None]
+    store.close()
+
+
+def test_metrics_that_are_stored_by_several_at_once_are_there_once(postgres: Postgres) -> None:
+    store = open_store(postgres.new_database())
+    metrics = [StageMetric("r", f"s{n}", "x.n", float(n)) for n in range(200)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: store.save_metrics(metrics), range(4)))
+    assert len(now(store).metrics("r")) == 200
+    store.close()
+
+
+def test_deleting_and_storing_the_same_events_hold_each_other_up_never(postgres: Postgres) -> None:
+    store = open_store(postgres.new_database())
+    events = [event(n) for n in range(200)]
+    faults: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for seed in range(6):
+                if number:
+                    store.save(random.Random(seed * number).sample(events, len(events)))
+                else:
+                    store.trim_run("r", 50)
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.close()
+    assert faults == []

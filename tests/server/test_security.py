@@ -347,3 +347,13 @@ def test_a_log_for_programs_is_json_and_holds_no_run_and_no_content(tmp_path: Pa
         "GET unknown",
         "GET /api/stage/debug/{run_id:path}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("evil.example", 403), ("localhost:1", 404), ("127.0.0.1", 404), ("[::1]:8", 404)]
+)
+def test_a_server_without_a_token_is_asked_under_names_of_its_machine_only(
+    server: LiveServer, host: str, status: int
+) -> None:
+    answer = requests.get(f"{server.url}/api/stage/summary/nobody", headers={"Host": host}, timeout=10)
+    assert answer.status_code == status
