@@ -19,6 +19,7 @@ from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server.store.base import StoredEvent
 from evalvault_sdk.server.store.rows import COLUMNS, row_of
 
+_JSON = orjson.OPT_NON_STR_KEYS
 #: What a spreadsheet takes for a formula when a cell begins with it.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -51,8 +52,6 @@ def _csv_lines(rows: Iterable[Iterable[Any]]) -> bytes:
     csv.writer(text).writerows(rows)
     return text.getvalue().encode()
 
-
-_JSON = orjson.OPT_NON_STR_KEYS
 
 #: By name of the format: how it is written, and its media type.
 FORMATS: Mapping[str, tuple[Callable[[Iterable[list[StoredEvent]]], Iterator[bytes]], str]] = {

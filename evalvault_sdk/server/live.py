@@ -60,7 +60,9 @@ class LiveFeed:
 
     def check_room(self) -> None:
         """Raise `ApiError` when there are too many streams."""
-        if self.closing or self.streams >= self._max_streams:
+        if self.closing:
+            raise come_again("Ending", "the server is ending", reason="ending")
+        if self.streams >= self._max_streams:
             raise come_again("Overloaded", f"there are {self.streams} live streams already", reason="overloaded")
 
     @contextlib.asynccontextmanager

@@ -23,12 +23,7 @@ from evalvault_sdk.errors import ConfigurationError
 _MEBIBYTE = 1 << 20
 
 
-def _tokens(value: Any) -> Any:
-    """Return the tokens meant: one text is one token."""
-    return (value.strip(),) if isinstance(value, str) else tuple(value) if isinstance(value, (list, set)) else value
-
-
-def _read_tokens(text: str) -> tuple[str, ...]:
+def _split_tokens(text: str) -> tuple[str, ...]:
     """Return the tokens in a variable; a blank one is an accident that must not let everybody in."""
     return checks.read_names(text) or (text,)
 
@@ -50,6 +45,7 @@ def _are_texts(_instance: Any, attribute: Any, value: Any) -> None:
 
 
 def _tuple(value: Any) -> Any:
+    """Return the texts meant: one text is one."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, set)) else value
 
 
@@ -88,8 +84,8 @@ class ServerSettings:
         "EVALVAULT_API_TOKEN",
         "The token that every request must bear; several are separated by commas.",
         default=(),
-        read=_read_tokens,
-        converter=_tokens,
+        read=_split_tokens,
+        converter=_tuple,
         validator=_are_tokens,
         repr=lambda value: "()" if not value else "'***'",
     )

@@ -31,6 +31,7 @@ from evalvault_sdk.server.security import Access
 from evalvault_sdk.server.services import Services
 from evalvault_sdk.server.store.base import StoredEvent
 
+_JSON = orjson.OPT_NON_STR_KEYS
 _RunId = Annotated[str | None, Query(description="Only events of this run; without it, of all.")]
 _Cursor = Annotated[
     int | None,
@@ -161,9 +162,6 @@ def _message(kind: str, place: int | None, data: bytes) -> bytes:
 
 def _event_json(stored: StoredEvent) -> bytes:
     return orjson.dumps(stored.event.to_dict(), option=_JSON)
-
-
-_JSON = orjson.OPT_NON_STR_KEYS
 
 
 def _as_place(text: str) -> int:
