@@ -26,6 +26,7 @@ from evalvault_sdk.delivery.notices import Notices
 from evalvault_sdk.delivery.queue import EventQueue
 from evalvault_sdk.delivery.spool import Spool
 from evalvault_sdk.delivery.transport import Delivered, Outcome, Transport
+from evalvault_sdk.delivery.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parent / "data"
@@ -43,6 +44,26 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def new_threads(before: set[threading.Thread]) -> int:
+    """How many threads run that did not run `before`: what other tests left behind may end at any time."""
+    return len(set(threading.enumerate()) - before)
+
+
+@contextlib.contextmanager
+def cpu_used(*workers: Worker) -> Iterator[list[float]]:
+    """Give the seconds of CPU that these workers' threads used meanwhile, and no other thread of the process."""
+    threads = [worker._thread for worker in workers]
+
+    def used() -> float:
+        clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threads if thread and thread.ident]
+        assert len(clocks) == len(workers), "not all of them run"
+        return sum(map(time.clock_gettime, clocks))
+
+    before, seconds = used(), [0.0]
+    yield seconds
+    seconds[0] = used() - before
 
 
 def clean_environment() -> dict[str, str]:

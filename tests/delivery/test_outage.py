@@ -21,7 +21,7 @@ from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.notices import Notices
 from evalvault_sdk.delivery.outbox import Outbox, open_outbox
 from evalvault_sdk.delivery.transport import Delivered, Outcome, Refused, RejectedEvent, RetryLater, TooLarge, Transport
-from tests.support import MemoryTransport, balances, wait_for
+from tests.support import MemoryTransport, balances, new_threads, wait_for
 
 
 class Destination:
@@ -344,23 +344,23 @@ def test_callbacks_that_raise_record_or_flush_do_no_harm(folder: Path, caplog: p
 
 def test_several_tracers_share_a_worker_and_each_has_its_own_account(folder: Path) -> None:
     settings = [Settings(run_id=run, api_url="http://127.0.0.1:1", flush_interval_s=0.02) for run in ("a", "b", "c")]
-    before = threading.active_count()
+    before = set(threading.enumerate())
     outboxes = [open_outbox(each) for each in settings]
     assert len({id(outbox.worker) for outbox in outboxes}) == 1
     other = open_outbox(Settings(run_id="a", api_url="http://127.0.0.1:1", token="another"))
     assert other.worker is not outboxes[0].worker
     for number, outbox in enumerate(outboxes):
         put(outbox, range(number * 10))
-    assert threading.active_count() == before + 1
+    assert new_threads(before) == 1
     assert [outbox.stats().recorded for outbox in outboxes] == [0, 10, 20]
     report = outboxes[1].shutdown(0.2)
     assert (report.recorded, report.spooled, report.queued, report.in_flight) == (10, 10, 0, 0)
     put(outboxes[2], range(5))
-    assert threading.active_count() == before + 1
+    assert new_threads(before) == 1
     assert outboxes[0].shutdown(0.2).recorded == 0
     assert outboxes[2].shutdown(0.2).spooled == 25
     other.shutdown(0.2)
-    wait_for(lambda: threading.active_count() == before)
+    wait_for(lambda: new_threads(before) == 0)
     assert len(on_disk(folder)) == 35
     again = open_outbox(settings[0])
     assert again.worker is not outboxes[0].worker

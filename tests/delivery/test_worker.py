@@ -25,7 +25,7 @@ from evalvault_sdk.delivery.transport import (
     TooLarge,
     Transport,
 )
-from tests.support import MemoryTransport, balances, clean_environment, wait_for
+from tests.support import MemoryTransport, balances, clean_environment, new_threads, wait_for
 
 
 def make(transport: Transport, **settings: Any) -> Outbox:
@@ -43,13 +43,13 @@ def numbers(transport: MemoryTransport) -> list[int]:
 
 
 def test_no_thread_runs_before_the_first_event() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     outbox = make(MemoryTransport())
-    assert threading.active_count() == before
+    assert new_threads(before) == 0
     put(outbox, 1)
-    assert threading.active_count() == before + 1
+    assert new_threads(before) == 1
     outbox.shutdown(5)
-    assert threading.active_count() == before
+    assert new_threads(before) == 0
 
 
 def test_events_arrive_in_order_without_a_flush_within_the_interval() -> None:
@@ -237,7 +237,7 @@ def test_shutdown_holds_its_deadline_and_counts_what_is_lost(caplog: pytest.LogC
     assert balances(stats)
     assert "5 events for memory were lost (shutdown)" in caplog.text
     release.set()
-    wait_for(lambda: "evalvault-delivery" not in {thread.name for thread in threading.enumerate()})
+    wait_for(lambda: not outbox.worker.is_alive)
     assert outbox.queue.account.report(in_time=False) == stats, (
         "what a request comes to after the end is not counted twice"
     )
@@ -321,12 +321,12 @@ def test_the_account_balances_at_every_moment_it_can_be_observed() -> None:
 
 
 def test_no_thread_is_left_by_many_workers_made_and_ended() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(100):
         outbox = make(MemoryTransport())
         put(outbox, 1)
         assert outbox.shutdown(5).complete
-    assert threading.active_count() == before
+    assert new_threads(before) == 0
 
 
 def test_a_fault_in_the_middle_of_a_halved_batch_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from tests.support import (
     clean_environment,
     free_port,
     live_server,
+    new_threads,
     wait_for,
 )
 
@@ -349,14 +350,14 @@ def test_a_server_that_is_killed_under_load_and_comes_back_gets_everything_once(
 
 
 def test_a_disabled_tracer_has_no_thread_no_network_and_no_events() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with StageTracer("r", "http://127.0.0.1:1", enabled=False) as tracer:
         with tracer.stage("a") as stage:
             stage.set(x=1)
         tracer.record_stage("b")
         tracer.record_batch([{"stage_type": "c"}])
         assert tracer.flush(5).recorded == 0
-    assert threading.active_count() == before
+    assert new_threads(before) == 0
 
 
 def test_a_disabled_tracer_costs_next_to_nothing_and_keeps_nothing() -> None:

@@ -20,7 +20,7 @@ from evalvault_sdk.server.commit import GroupCommit
 from evalvault_sdk.server.store import MemoryStore, SQLiteStore
 from tests.server.stores import event, now
 from tests.server.test_routes import ask_app, stage
-from tests.support import wait_for
+from tests.support import new_threads, wait_for
 
 
 class Gate(MemoryStore):
@@ -127,9 +127,9 @@ def test_closing_stores_what_was_accepted_and_refuses_what_comes_later(writers: 
 
 
 def test_closing_what_never_began_is_nothing() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     GroupCommit(MemoryStore()).close()
-    assert threading.active_count() == before
+    assert new_threads(before) == 0
 
 
 def test_each_request_is_told_of_its_own_refusals_only() -> None:
