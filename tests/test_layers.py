@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "tracer": {"capture", "delivery"},
     "server": {"__init__"},
     "cli": {"server", "delivery", "capture", "__init__"},
-    "integrations": {"tracer", "delivery"},
+    "integrations": {"capture", "delivery", "tracer", "default", "__init__"},
     "default": {"capture", "delivery", "tracer"},
     "testing": {"capture", "delivery", "tracer", "default"},
     "pytest_plugin": {"testing"},

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar, cast
 
-from evalvault_sdk.capture.context import open_scope
+from evalvault_sdk.capture.context import here
 from evalvault_sdk.capture.decorate import called
 from evalvault_sdk.capture.stream import UNFINISHED, Body, carried_on
 
@@ -31,7 +31,7 @@ def bind(function: F) -> F:
     For threads, callbacks and background tasks: `Thread(target=bind(work))`. Other context variables stay those of
     the caller.
     """
-    inside = open_scope.get()
+    inside = here()
 
     @functools.wraps(function)
     def bound(*args: Any, **kwargs: Any) -> Any:

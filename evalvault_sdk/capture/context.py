@@ -4,13 +4,15 @@ In which trace, and in which stage, is the code running?
 In:   scopes (stages and traces) as they are entered and left, in the caller's thread or task.
 Out:  the innermost open scope, so that a new stage finds its parent and its trace.
 
-A contextvar, so that nested calls, asyncio tasks and `contextvars.copy_context()` see the right one.
+A contextvar, so that nested calls, asyncio tasks and `contextvars.copy_context()` see the right one. Frameworks that
+are observed have context variables of their own: `finders` look there for the scope of what they run.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import UUID
@@ -65,7 +67,7 @@ class Trace:
 class Scope:
     """A place in the program that stages are recorded in: an open stage, or an open trace."""
 
-    __slots__ = ("_open", "_outer", "_recorder", "_trace", "span_id", "stage_id")
+    __slots__ = ("_before", "_open", "_outer", "_recorder", "_trace", "span_id", "stage_id")
 
     #: The parent of stages in this scope, if there is any.
     stage_id: str | None
@@ -74,7 +76,11 @@ class Scope:
     _trace: Trace
     #: The scope around it, as long as this one is open: what has ended must not keep alive what ended before it.
     _outer: Scope | None
+    #: What `open_scope` was when this one was entered: the same, unless a finder knew of one further in.
+    _before: Scope | None
     _open: bool
+    #: Whether a framework told of it, so that it was never made `open_scope`.
+    _is_observed = False
 
     def is_around(self, scope: Scope | None) -> bool:
         """Whether `scope` is this one, or one inside it."""
@@ -85,14 +91,43 @@ class Scope:
 
 open_scope: ContextVar[Scope | None] = ContextVar("evalvault_open_scope", default=None)
 
+#: Each returns the scope that a framework's own context says the code runs in. Replaced as one, never changed.
+finders: tuple[Callable[[], Scope | None], ...] = ()
+
+
+def add_finder(finder: Callable[[], Scope | None]) -> None:
+    """Ask `finder`, too, where code runs."""
+    global finders
+    with _holding:
+        finders = (*finders, finder)
+
+
+def remove_finder(finder: Callable[[], Scope | None]) -> None:
+    """Ask it no longer."""
+    global finders
+    with _holding:
+        finders = tuple(other for other in finders if other != finder)
+
+
+def here() -> Scope | None:
+    """Return the innermost scope that the code runs in, whoever knows of it."""
+    scope = open_scope.get()
+    for finder in finders:
+        found = finder()
+        if found is not None and not found.is_around(scope):
+            scope = found
+    return scope
+
 
 def leave(scope: Scope) -> None:
     """Make what was the innermost scope before `scope` that again; if another one was entered since, take it out."""
     inner = open_scope.get()
     if inner is scope:
-        open_scope.set(scope._outer)
+        open_scope.set(scope._before)
         return
     while inner is not None:
+        if inner._before is scope:
+            inner._before = scope._before
         if inner._outer is scope:
             inner._outer = scope._outer
             return

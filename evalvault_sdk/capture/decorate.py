@@ -20,7 +20,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from evalvault_sdk.capture.call import Call
-from evalvault_sdk.capture.context import leave, open_scope
+from evalvault_sdk.capture.context import here, leave
 from evalvault_sdk.capture.proxy import Proxy, proxy
 from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stream import UNFINISHED, BegunBody, StageBody, begun_with, carried_on, run_as
@@ -173,7 +173,7 @@ def _measured_stream(
         if not recorder.enabled:
             return function(*args, **kwargs)
         stage = begin()
-        body = StageBody(stage, open_scope.get())
+        body = StageBody(stage, here())
         made = run_as(body, flags)
         unfinished = function(*args, **kwargs)
         if capture is not None:

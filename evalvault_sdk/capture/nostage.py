@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from evalvault_sdk.capture.context import open_scope
+from evalvault_sdk.capture.context import here
 from evalvault_sdk.capture.recorder import Note, Recorder, RefusalReason
 from evalvault_sdk.capture.stage import StageContext
 
@@ -98,5 +98,5 @@ def current_stage() -> StageContext:
 
     Where there is none (at the top of a trace, too) it is one that is recorded nowhere: the code need not ask.
     """
-    scope = open_scope.get()
+    scope = here()
     return scope if isinstance(scope, StageContext) else NO_STAGE

@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 
-from evalvault_sdk.capture.context import open_scope
+from evalvault_sdk.capture.context import here
 
 #: Version, trace id, span id, flags; later versions may add more (W3C Trace Context, 3.2).
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
@@ -74,7 +74,7 @@ def trace_headers() -> dict[str, str]:
     There, `tracer.trace(traceparent=..., tracestate=...)` takes them. Empty outside of a trace, and in one whose id
     was given and is not that of W3C Trace Context: 32 hexadecimal digits.
     """
-    scope = open_scope.get()
+    scope = here()
     if scope is None or scope.span_id is None or not _TRACE_ID.fullmatch(scope._trace.trace_id):
         return {}
     trace, recorder = scope._trace, scope._recorder

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture import clock, context
 from evalvault_sdk.capture.call import CallCapture
-from evalvault_sdk.capture.context import Scope, as_id, leave, open_scope, place
+from evalvault_sdk.capture.context import Scope, as_id, here, leave, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
@@ -104,7 +104,7 @@ class StageContext(Scope):
         self.status = "success"
         self.stage_id = self.trace_id = self.span_id = None
         self._open = False
-        self._outer = None
+        self._outer = self._before = None
         self._template: StageContext = self
         self._call = call
 
@@ -151,13 +151,16 @@ class StageContext(Scope):
             return None
 
     def __enter__(self) -> StageContext:
-        outer = open_scope.get()
+        before = outer = open_scope.get()
+        if context.finders:
+            outer = here()
         if self._open or (self.stage_id is not None and self.is_around(outer)):
             # In a recursion, in another thread, or in what began inside: each entry is a stage with a clock of its own.
             return self._again().__enter__()
         if self.stage_id is not None:
             self._start_over()
         self._start(outer)
+        self._before = before
         open_scope.set(self)
         return self
 
@@ -167,7 +170,7 @@ class StageContext(Scope):
         started_ns = clock.time_ns()
         stage_id = new_stage_id(started_ns)
         self.stage_id = stage_id
-        self._outer = outer
+        self._outer = self._before = outer
         self.parent_stage_id, self._trace, self._opened_trace = place(
             outer if self._parent is None else self._below() or outer,
             self._recorder.run_id,
@@ -226,7 +229,7 @@ class StageContext(Scope):
             recorder.fault("ending a stage", fault)
         if self._opened_trace:
             recorder.end_trace(self._trace, elapsed_ns / 1_000_000)
-        self._outer = None
+        self._outer = self._before = None
 
     def _tell_of(self, error: BaseException) -> None:
         cancelled_by = cancellation(error)

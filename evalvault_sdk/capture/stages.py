@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
-from evalvault_sdk.capture.context import Scope, as_id, open_scope, place
+from evalvault_sdk.capture.context import Scope, as_id, here, place
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.nostage import NO_STAGE, dormant
 from evalvault_sdk.capture.propagate import current_span
@@ -218,7 +218,7 @@ class Stages:
             return stage_id
         try:
             has_begun = issubclass(type(parent), Scope) and hasattr(parent, "_trace")
-            around = parent if has_begun else open_scope.get()
+            around = parent if has_begun else here()
             if trace_id is not None:
                 trace_id = as_id(trace_id)
             parent_id, trace, is_root = place(around, recorder.run_id, made_id, parent_stage_id, trace_id)

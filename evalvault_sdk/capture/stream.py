@@ -20,7 +20,7 @@ from typing import Any
 
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.call import KeptItems
-from evalvault_sdk.capture.context import Scope, open_scope
+from evalvault_sdk.capture.context import Scope, here, open_scope
 from evalvault_sdk.capture.stage import StageContext
 
 #: What a call may return that has not done its work yet.
@@ -100,7 +100,7 @@ class StageBody(Body):
 
     def _begin(self) -> _Account:
         if not self._stage._open:
-            self._stage._start(self._inside or open_scope.get())
+            self._stage._start(self._inside or here())
             self._inside = self._stage
         self._account = _Account(self._stage, is_stream=type(self.unfinished) is not CoroutineType)
         return self._account

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from evalvault_sdk.capture import clock
-from evalvault_sdk.capture.context import Scope, Trace, as_id, leave, open_scope
+from evalvault_sdk.capture.context import Scope, Trace, as_id, here, leave, open_scope
 from evalvault_sdk.capture.propagate import Remote, current_span, read_headers, run_hash
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
@@ -39,7 +39,7 @@ class TraceContext(Scope):
     ) -> None:
         self._recorder = recorder
         self._open = False
-        self._outer = None
+        self._outer = self._before = None
         self._entries: set[_Entry] = set()
         remote = read_headers(traceparent, tracestate) if traceparent is not None else None
         span = current_span() if trace_id is None and remote is None else None
@@ -69,7 +69,7 @@ class TraceContext(Scope):
         return self._trace.metadata
 
     def __enter__(self) -> TraceContext:
-        entry = _Entry(self, open_scope.get())
+        entry = _Entry(self, here(), open_scope.get())
         if not self._entries:
             self._started_perf_ns = clock.perf_counter_ns()
             self._trace.ended = False
@@ -89,7 +89,7 @@ class TraceContext(Scope):
             return
         leave(scope)
         scope._open = False
-        scope._outer = None
+        scope._outer = scope._before = None
         self._entries.discard(scope)
         if not self._entries:
             self._recorder.end_trace(self._trace, (clock.perf_counter_ns() - self._started_perf_ns) / 1_000_000)
@@ -108,10 +108,11 @@ class _Entry(Scope):
 
     __slots__ = ()
 
-    def __init__(self, trace: TraceContext, outer: Scope | None) -> None:
+    def __init__(self, trace: TraceContext, outer: Scope | None, before: Scope | None) -> None:
         self._recorder, self._trace = trace._recorder, trace._trace
         self.stage_id, self.span_id = trace.stage_id, trace.span_id
         self._outer = outer
+        self._before = before
         self._open = True
 
 

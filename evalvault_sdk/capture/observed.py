@@ -1,0 +1,206 @@
+"""
+Measure what a framework runs, from what it tells of it: that something began, and that it ended.
+
+In:   a framework's own ids of what it runs and of what is around that, in whatever thread or task it tells them.
+Out:  stages: each is recorded when its end is told. Stages of the program's own code find the observed one that
+      they run in, and observed ones the program's stage that they run in.
+In the framework's threads and tasks. Never raises, never waits, and keeps a bounded number of what never ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.context import Scope, add_finder, here, remove_finder
+from evalvault_sdk.capture.recorder import Recorder
+from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stages import Stages
+
+#: So many that have ended are known still: what they began may go on, a stream that is read later for example.
+_MAX_ENDED = 4_096
+#: What an end that nobody told of is recorded with, as `cancelled_by`.
+EVICTED = "never_ended"
+
+
+class ObservedStages:
+    """
+    The stages of one framework.
+
+    `find` returns the framework's id of what the code runs in, from the framework's own context; None outside.
+    With more than `max_open` open, or one open for more than `max_open_s` seconds, the oldest is taken to have no
+    end: it is recorded as `cancelled`, with `cancelled_by="never_ended"`.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        find: Callable[[], Hashable | None] | None = None,
+        *,
+        max_open: int = 10_000,
+        max_open_s: float = 3_600.0,
+    ) -> None:
+        self._recorder: Recorder = stages._recorder
+        self._find = find
+        self._max_open = max_open
+        self._max_open_ns = int(max_open_s * 1e9)
+        # No lock: each change is one step of a dict.
+        self._open: dict[Hashable, StageContext] = {}
+        self._known: dict[Hashable, Scope] = {}
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    def attach(self) -> None:
+        """Let the program's own stages find the observed ones that they run in."""
+        if self._find is not None:
+            add_finder(self._scope_here)
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        remove_finder(self._scope_here)
+
+    def begin(
+        self,
+        key: Hashable,
+        parent_key: Hashable | None,
+        stage_type: str,
+        *,
+        stage_name: str | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        trace_id: str | None = None,
+        parent_stage_id: str | None = None,
+    ) -> StageContext | None:
+        """
+        Begin the stage of what the framework calls `key`, below that of `parent_key`; None if nothing is recorded.
+
+        Where the parent is not known, or the program opened a stage of its own inside the parent, that is the parent
+        which the code runs in.
+        """
+        if not self._recorder.enabled:
+            return None
+        try:
+            stage = _ObservedStage(
+                self._recorder,
+                stage_type,
+                stage_name=stage_name,
+                parent_stage_id=parent_stage_id,
+                trace_id=trace_id,
+                attributes=attributes,
+                metadata=metadata,
+            )
+            stage._start(self._around(parent_key))
+            self._open[key] = stage
+            self._evict()
+            return stage
+        except Exception as error:  # noqa: BLE001 - the host program must not feel our faults
+            self._recorder.fault("beginning an observed stage", error)
+            return None
+
+    def leave_out(self, key: Hashable, parent_key: Hashable | None) -> None:
+        """Make no stage of `key`: what runs in it is below `parent_key`. Wants no end."""
+        if self._recorder.enabled:
+            scope = self._around(parent_key)
+            if scope is not None:
+                self._remember(key, scope)
+
+    def get(self, key: Hashable) -> StageContext | None:
+        """Return the open stage of `key`."""
+        return self._open.get(key)
+
+    def end(self, key: Hashable, error: BaseException | None = None) -> None:
+        """Record the stage of `key`, which ended now, with `error` or without. What is not open is left alone."""
+        ended_perf_ns = clock.perf_counter_ns()
+        stage = self._open.pop(key, None)
+        if stage is not None:
+            self._remember(key, _Ended(stage))
+            stage._end(error, ended_perf_ns)
+
+    def close(self, why: str = EVICTED) -> None:
+        """End all that is open as `cancelled`."""
+        for key in list(self._open):
+            self._cancel(key, why)
+
+    def _cancel(self, key: Hashable, why: str) -> None:
+        stage = self._open.get(key)
+        if stage is not None:
+            stage.status = "cancelled"
+            stage.set(cancelled_by=why)
+            self.end(key)
+
+    def _around(self, parent_key: Hashable | None) -> Scope | None:
+        """Return the scope of what begins now."""
+        scope = here()
+        parent = self._scope_of(parent_key) if parent_key is not None else None
+        if parent is None:
+            return scope
+        near = scope
+        while near is not None and not near._is_observed:
+            near = near._outer
+        # What another thing was pulled by, as the steps of a stream are by the last one, is not what is around it.
+        return scope if near is not None and near.stage_id == parent.stage_id else parent
+
+    def _scope_of(self, key: Hashable) -> Scope | None:
+        return self._open.get(key) or self._known.get(key)
+
+    def _scope_here(self) -> Scope | None:
+        try:
+            key = self._find() if self._find is not None else None
+            return None if key is None else self._open.get(key)
+        except Exception:  # noqa: BLE001 - a framework of another version
+            return None
+
+    def _remember(self, key: Hashable, scope: Scope) -> None:
+        known = self._known
+        known[key] = scope
+        if len(known) > _MAX_ENDED:
+            for old in _first(known, len(known) - _MAX_ENDED):
+                known.pop(old, None)
+
+    def _evict(self) -> None:
+        """Give up the oldest if there are too many, or if they are too old."""
+        if self._pid != os.getpid():  # what the parent process had open is for the parent to record
+            self._pid = os.getpid()
+            for key in list(self._open)[:-1]:
+                self._open.pop(key, None)
+            return
+        oldest_ns = clock.perf_counter_ns() - self._max_open_ns
+        for key in _first(self._open, max(1, len(self._open) - self._max_open)):
+            stage = self._open.get(key)
+            if stage is not None and (len(self._open) > self._max_open or stage._started_perf_ns < oldest_ns):
+                self._cancel(key, EVICTED)
+
+
+class _ObservedStage(StageContext):
+    """A stage that a framework begins and ends."""
+
+    __slots__ = ()
+
+    _is_observed = True
+
+
+class _Ended(Scope):
+    """What is kept of a stage that has ended: its place, none of its content."""
+
+    __slots__ = ()
+
+    _is_observed = True
+
+    def __init__(self, stage: StageContext) -> None:
+        self._recorder, self._trace = stage._recorder, stage._trace
+        self.stage_id, self.span_id = stage.stage_id, stage.span_id
+        self._outer = self._before = None
+        self._open = False
+
+
+def _first(mapping: Mapping[Hashable, object], count: int) -> list[Hashable]:
+    try:
+        return list(itertools.islice(mapping, count))
+    except RuntimeError:  # another thread put something in meanwhile: next time
+        return []
