@@ -5,7 +5,8 @@
 #   make test       the test suite
 #   make test-all   the test suite on every Python 3.10 to 3.13 found here
 #   make interop    the same data in our hands and in those of the real EvalVault 1.88 (Python 3.12, a gigabyte)
-#   make soak       five minutes of programs that are killed and a server that fails; SECONDS=60 SEED=7 to choose
+#   make soak       a million events in an outage, then five minutes of programs that are killed and a server that
+#                   fails; SECONDS=60 SEED=7 to choose
 #   make fuzz       all that the API describes, and much that it does not, asked of a real server; SECONDS=60 SEED=7
 #   make lint       lint, format check, strict types
 #   make bench      what the speed claims rest on
@@ -46,6 +47,7 @@ $(VENV)/tokenizer: | $(BIN)/python
 	sh tests/tools/fetch_tokenizer.sh $(BIN)/python $@
 
 soak: $(VENV)/.dev
+	OUTAGE_EVENTS=1000000 $(BIN)/python -m pytest tests/path/test_long_outage.py
 	$(BIN)/python -m tests.path.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # schemathesis has an environment of its own: it brings forty packages that nothing else needs.

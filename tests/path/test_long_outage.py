@@ -1,8 +1,13 @@
-"""A million events in an outage: within the bounds of memory and disk, and afterwards quickly gone."""
+"""
+More events in an outage than memory holds: within the bounds of memory and disk, and afterwards quickly gone.
+
+A quarter of a million here; `make soak` does it with a million.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,8 +18,8 @@ import pytest
 
 from tests.support import LiveServer, clean_environment, free_port
 
-COUNT = 1_000_000
-LIVE = 200_000
+COUNT = int(os.environ.get("OUTAGE_EVENTS", "250000"))
+LIVE = COUNT // 5
 
 PROGRAM = """
     import json, sys, time
@@ -70,7 +75,7 @@ PROGRAM = """
 
 
 @pytest.mark.timeout(400)
-def test_a_million_events_in_an_outage_stay_within_bounds_and_drain_while_live_ones_arrive(tmp_path: Path) -> None:
+def test_events_of_a_long_outage_stay_within_bounds_and_drain_while_live_ones_arrive(tmp_path: Path) -> None:
     port = free_port()
     script = textwrap.dedent(PROGRAM).format(url=f"http://127.0.0.1:{port}", count=COUNT, live=LIVE)
     process = subprocess.Popen(
