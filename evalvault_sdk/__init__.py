@@ -30,6 +30,7 @@ from evalvault_sdk.errors import (
     MissingDependencyError,
 )
 from evalvault_sdk.events import StageEvent, StagePayloadRef
+from evalvault_sdk.integrations.automatic import Instrumentation, instrument
 from evalvault_sdk.payload import FolderPayloadStore, PayloadStore
 from evalvault_sdk.tracer import StageTracer
 
@@ -51,6 +52,7 @@ __all__ = [
     "EvalVaultError",
     "FlushReport",
     "FolderPayloadStore",
+    "Instrumentation",
     "InvalidStageEventError",
     "MissingDependencyError",
     "PayloadStore",
@@ -68,6 +70,7 @@ __all__ = [
     "current_stage",
     "documents",
     "flush",
+    "instrument",
     "record_batch",
     "record_stage",
     "shutdown",

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "default": {"capture", "delivery", "tracer"},
     "testing": {"capture", "delivery", "tracer", "default"},
     "pytest_plugin": {"testing"},
-    "__init__": {"capture", "delivery", "tracer", "default"},
+    "__init__": {"capture", "delivery", "tracer", "default", "integrations"},
 }
 #: A third-party package, and the only places that may import it.
 ONLY_IN = {
