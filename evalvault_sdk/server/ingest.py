@@ -10,7 +10,6 @@ anything is parsed. One bad event never costs its neighbours.
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,12 @@ from datetime import datetime
 from typing import Any
 
 import attrs
-import orjson
 
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent, run_id_problem
+from evalvault_sdk.jsontext import read_json
 from evalvault_sdk.server.answers import ApiError, too_large
 from evalvault_sdk.server.settings import ServerSettings
-from evalvault_sdk.server.store.rows import as_integer
 
 #: Levels of nesting in an event; orjson writes 254, and our own client 32.
 _MAX_DEPTH = 128
@@ -148,21 +146,9 @@ def parse_json(body: bytes) -> tuple[Any, bool]:
     its neighbours stored. Raises `ApiError` for what is no JSON even so.
     """
     try:
-        value = orjson.loads(body)
-        orjson.dumps([[[value]]])  # it writes less deep than it reads, and our answers wrap what they give back
-    except orjson.JSONDecodeError as error:
-        strict_error = error
-    except TypeError:
-        return value, True
-    else:
-        return value, False
-    try:
-        return json.loads(body.decode("utf-8"), parse_int=as_integer), True
-    except RecursionError:
-        raise ApiError(400, "Malformed JSON", "the body is nested too deeply") from None
-    except ValueError:
-        place = f"line {strict_error.lineno} column {strict_error.colno}"
-        raise ApiError(400, "Malformed JSON", f"{strict_error.msg.partition(':')[0]} at {place}") from None
+        return read_json(body)
+    except ValueError as error:
+        raise ApiError(400, "Malformed JSON", str(error)) from None
 
 
 def _check_number(events: int, settings: ServerSettings) -> None:

@@ -10,6 +10,8 @@ Nothing here needs FastAPI, and JSON not even the package for protobuf.
 
 from __future__ import annotations
 
+from evalvault_sdk.otel.mapping import DEFAULT_RUN_ID, stage_event_of
+from evalvault_sdk.otel.span import InvalidSpanError, Span
 from evalvault_sdk.server.otlp.answer import error_body, response_body
 from evalvault_sdk.server.otlp.decode import (
     JSON_TYPE,
@@ -19,8 +21,6 @@ from evalvault_sdk.server.otlp.decode import (
     is_protobuf,
     read_spans,
 )
-from evalvault_sdk.server.otlp.mapping import DEFAULT_RUN_ID, stage_event_of
-from evalvault_sdk.server.otlp.span import InvalidSpanError, Span
 
 __all__ = [
     "DEFAULT_RUN_ID",

@@ -2,7 +2,7 @@
 Bound what the spans of one request may cost, whatever they hold.
 
 In:   what a decoder meets: spans, containers, nesting, texts.
-Out:  `ApiError` 413 once there is too much of it; values that are cut, and texts that can be stored.
+Out:  `ApiError` 413 once there is too much of it, and where values are to be cut.
 Pure. A body is bounded in bytes already, but two bytes of protobuf can become a hundred in memory.
 """
 
@@ -14,12 +14,8 @@ from evalvault_sdk.server.settings import ServerSettings
 #: Lists and maps in a value of an attribute. OpenTelemetry means them to be flat; protobuf itself ends at 100
 #: messages, which are 33 maps.
 MAX_DEPTH = 16
-#: What stands for a value that is nested deeper.
-TOO_DEEP = "[nested too deeply]"
 #: Bytes of one span in protobuf, where an empty attribute is two of them.
 MAX_SPAN_BYTES = 4 << 20
-#: Bytes that a resource or a scope may have as JSON: each stage event of its spans repeats them.
-MAX_SHARED_BYTES = 16 << 10
 #: An attribute in OTLP/JSON is two objects, where our own JSON has none; and the JSON in texts of attributes counts.
 _CONTAINERS_FACTOR = 2
 #: Values for each container that is allowed: a vector has many in one list, at two bytes each in protobuf.
@@ -62,13 +58,6 @@ class Bounds:
     def _too_many_containers(self) -> Exception:
         limit = self._max_containers
         return too_large(f"a request may have {limit} objects and lists", limit_containers=limit)
-
-
-def storable(text: str) -> str:
-    """Return a text as every store takes it: without lone surrogates, which are no UTF-8, and without NUL."""
-    if text.isascii():
-        return text.replace("\x00", "\ufffd") if "\x00" in text else text
-    return text.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
 
 
 def is_too_deep(depth: int) -> bool:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import attrs
 
 from evalvault_sdk.errors import MissingDependencyError
+from evalvault_sdk.otel.span import InvalidSpanError, Span
 from evalvault_sdk.server.answers import ApiError
 from evalvault_sdk.server.otlp import jsonform
 from evalvault_sdk.server.otlp.bounds import Bounds
-from evalvault_sdk.server.otlp.span import InvalidSpanError, Span
 from evalvault_sdk.server.settings import ServerSettings
 
 JSON_TYPE = "application/json"

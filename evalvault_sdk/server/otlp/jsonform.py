@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from evalvault_sdk.otel.plain import TOO_DEEP, shared, storable
+from evalvault_sdk.otel.span import KINDS, STATUS_CODES, InvalidSpanError, Scope, Span, SpanEvent, SpanLink
 from evalvault_sdk.server.answers import ApiError
 from evalvault_sdk.server.ingest import parse_json
-from evalvault_sdk.server.otlp.bounds import TOO_DEEP, Bounds, is_too_deep, storable
-from evalvault_sdk.server.otlp.plain import shared
-from evalvault_sdk.server.otlp.span import KINDS, STATUS_CODES, InvalidSpanError, Scope, Span, SpanEvent, SpanLink
+from evalvault_sdk.server.otlp.bounds import Bounds, is_too_deep
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _UINT32 = range(2**32)

@@ -19,10 +19,10 @@ from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.resource.v1 import resource_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from evalvault_sdk.otel.plain import TOO_DEEP, shared, storable
+from evalvault_sdk.otel.span import KINDS, STATUS_CODES, InvalidSpanError, Scope, Span, SpanEvent, SpanLink
 from evalvault_sdk.server.answers import ApiError
-from evalvault_sdk.server.otlp.bounds import MAX_SPAN_BYTES, TOO_DEEP, Bounds, is_too_deep, storable
-from evalvault_sdk.server.otlp.plain import shared
-from evalvault_sdk.server.otlp.span import KINDS, STATUS_CODES, InvalidSpanError, Scope, Span, SpanEvent, SpanLink
+from evalvault_sdk.server.otlp.bounds import MAX_SPAN_BYTES, Bounds, is_too_deep
 
 # Numbers of fields: ExportTraceServiceRequest, ResourceSpans, ScopeSpans. They never change.
 _RESOURCE_SPANS = 1

@@ -17,6 +17,7 @@ import orjson
 
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent, parse_time
+from evalvault_sdk.jsontext import as_integer
 from evalvault_sdk.server.metrics import StageMetric
 
 #: EvalVault's columns of `stage_events`, but for the number that the database gives.
@@ -114,14 +115,6 @@ def readable_time(text: str | None) -> datetime | None:
         return parse_time("time", text)
     except InvalidStageEventError:
         return None
-
-
-def as_integer(digits: str) -> int | float:
-    """Return an integer of JSON as orjson does: beyond 64 bits as a float. JSONB writes 1e22 as 23 digits."""
-    if len(digits) > len("-18446744073709551616"):
-        return float(digits)
-    number = int(digits)
-    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 def _readable_json(text: str | None) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from evalvault_sdk.server.otlp.plain import parsed, plain
+from evalvault_sdk.otel.plain import parsed, plain
 
 T = TypeVar("T")
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import orjson
 
-from evalvault_sdk.server.answers import ApiError
-from evalvault_sdk.server.ingest import parse_json
-from evalvault_sdk.server.otlp.bounds import MAX_SHARED_BYTES, TOO_DEEP, storable
+from evalvault_sdk.jsontext import read_json
 
+#: What stands for a value that is nested deeper than it may be.
+TOO_DEEP = "[nested too deeply]"
+#: Bytes that a resource or a scope may have as JSON: each stage event of its spans repeats them.
+_MAX_SHARED_BYTES = 16 << 10
 #: Levels of nesting in what is stored: an attribute's, and those of the JSON in its texts.
 _MAX_DEPTH = 32
 _OPENING = ("{", "[")
@@ -26,6 +28,13 @@ _OPENING = ("{", "[")
 _MAX_PARSED = 1 << 20
 #: What a resource that was too large says of the attributes that were left out.
 _LEFT_OUT = "evalvault.attributes_left_out"
+
+
+def storable(text: str) -> str:
+    """Return a text as every store takes it: without lone surrogates, which are no UTF-8, and without NUL."""
+    if text.isascii():
+        return text.replace("\x00", "\ufffd") if "\x00" in text else text
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -57,7 +66,7 @@ def shared(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """
     safe: dict[str, Any] = plain(dict(attributes))
     sizes = {name: len(orjson.dumps({name: value})) for name, value in safe.items()}
-    room = MAX_SHARED_BYTES
+    room = _MAX_SHARED_BYTES
     if sum(sizes.values()) <= room:
         return safe
     kept: dict[str, Any] = {}
@@ -78,7 +87,7 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str) or len(value) > _MAX_PARSED or not value.lstrip().startswith(_OPENING):
         return value
     try:
-        found, _ = parse_json(value.encode("utf-8", "replace"))
-    except ApiError:
+        found, _ = read_json(value.encode("utf-8", "replace"))
+    except ValueError:
         return value
     return found

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evalvault_sdk.server.otlp import documents
-from evalvault_sdk.server.otlp.indexed import gather
-from evalvault_sdk.server.otlp.plain import parsed
+from evalvault_sdk.otel import documents
+from evalvault_sdk.otel.indexed import gather
+from evalvault_sdk.otel.plain import parsed
 
 #: What says of which type a stage is, in order; and how its values are called here. Others are taken as they are.
 _TYPES: tuple[tuple[str, Mapping[str, str]], ...] = (

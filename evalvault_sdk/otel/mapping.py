@@ -16,9 +16,9 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.otlp.plain import parsed, plain
-from evalvault_sdk.server.otlp.span import Span, SpanEvent
-from evalvault_sdk.server.otlp.vocabulary import Words, attributes_of, take_stage_type
+from evalvault_sdk.otel.plain import parsed, plain
+from evalvault_sdk.otel.span import Span, SpanEvent
+from evalvault_sdk.otel.vocabulary import Words, attributes_of, take_stage_type
 
 DEFAULT_RUN_ID = "otel"
 
