@@ -43,7 +43,7 @@ ONLY_IN = {
     "uvicorn": {"server/program.py"},
     "zstandard": {"server/body.py"},
     "yaml": set(),  # by name, in server/files.py, when a file is read
-    "opentelemetry": {"server/otlp/protobuf.py"},
+    "opentelemetry": {"server/otlp/protobuf.py", "integrations/opentelemetry.py"},
     "google": {"server/otlp/protobuf.py"},
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},

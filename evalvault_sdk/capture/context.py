@@ -134,6 +134,13 @@ def leave(scope: Scope) -> None:
         inner = inner._outer
 
 
+def is_in_stage_of(scope: Scope | None, span_id: str) -> bool:
+    """Whether a span of OpenTelemetry is a stage itself, and one that `scope` is in: then it is no other stage's."""
+    while scope is not None and not (scope._is_observed and scope.span_id == span_id):
+        scope = scope._outer
+    return scope is not None
+
+
 def place(
     outer: Scope | None, run_id: str, stage_id: str, parent_id: str | None, trace_id: str | None
 ) -> tuple[str | None, Trace, bool]:

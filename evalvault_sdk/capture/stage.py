@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from evalvault_sdk.capture import clock, context
 from evalvault_sdk.capture.call import CallCapture
-from evalvault_sdk.capture.context import Scope, as_id, here, leave, open_scope, place
+from evalvault_sdk.capture.context import Scope, as_id, here, is_in_stage_of, leave, open_scope, place
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
@@ -193,7 +193,7 @@ class StageContext(Scope):
         """Be part of the trace that OpenTelemetry is in, and bear the id of its span, where we have no trace yet."""
         if self._opened_trace and self._trace_id is None and self.parent_stage_id is None:
             self._trace.trace_id = self.trace_id = span[0]
-        if span[0] == self.trace_id:
+        if span[0] == self.trace_id and not is_in_stage_of(self._outer, span[1]):
             self.span_id = span[1]
 
     def __exit__(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
-from evalvault_sdk.capture.context import Scope, as_id, here, place
+from evalvault_sdk.capture.context import Scope, as_id, here, is_in_stage_of, place
 from evalvault_sdk.capture.encode import iso_time
 from evalvault_sdk.capture.nostage import NO_STAGE, dormant
 from evalvault_sdk.capture.propagate import current_span
@@ -223,6 +223,8 @@ class Stages:
                 trace_id = as_id(trace_id)
             parent_id, trace, is_root = place(around, recorder.run_id, made_id, parent_stage_id, trace_id)
             span = current_span()
+            if span is not None and is_in_stage_of(here(), span[1]):
+                span = None
             if span is not None and is_root and trace_id is None and parent_id is None:
                 trace.trace_id = span[0]
             if started_at is None and finished_at is None:

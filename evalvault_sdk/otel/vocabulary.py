@@ -93,6 +93,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "passed": ("eval.passed",),
     "reference": ("eval.reference",),
 }
+_NAMED_HERE = {called: name for name, names in _NAMES.items() for called in names}
 #: Only for some types do the same words mean something else.
 _NAMES_OF_RETRIEVAL: Mapping[str, tuple[str, ...]] = {"top_k": ("gen_ai.request.top_k",)}
 
@@ -183,16 +184,11 @@ def attributes_of(words: Words, stage_type: str) -> dict[str, Any]:
     lists, used = gather(words.left, _ROOTS)
     for name in used:
         del words.left[name]
-    for name, names in _LISTS.items():
-        for called in names:
-            if called in lists:
-                # A second list of the same kind keeps its own name, or gets one.
-                names_for_it = (name, called, f"{called}.list")
-                words.say(next(free for free in names_for_it if not words.knows(free)), lists[called])
-            else:
-                words.translate(name, called, read=documents.listed if name in _DOCUMENTS else _list)
-    for name, names in _NAMES.items():
-        words.translate(name, *names, read=_READERS.get(name, _as_it_is))
+    if lists or not _ROOTS.isdisjoint(words.left):
+        _lists(words, lists)
+    # Most spans have few of these names: to ask for each that there is would take most of the time.
+    for name in dict.fromkeys(_NAMED_HERE[called] for called in words.left if called in _NAMED_HERE):
+        words.translate(name, *_NAMES[name], read=_READERS.get(name, _as_it_is))
     if stage_type == "retrieval":
         for name, names in _NAMES_OF_RETRIEVAL.items():
             words.translate(name, *names)
@@ -203,6 +199,17 @@ def attributes_of(words: Words, stage_type: str) -> dict[str, Any]:
     _documents(words, stage_type)
     _texts(words, stage_type)
     return {**words.said, **words.left}
+
+
+def _lists(words: Words, lists: Mapping[str, list[Any]]) -> None:
+    for name, names in _LISTS.items():
+        for called in names:
+            if called in lists:
+                # A second list of the same kind keeps its own name, or gets one.
+                names_for_it = (name, called, f"{called}.list")
+                words.say(next(free for free in names_for_it if not words.knows(free)), lists[called])
+            else:
+                words.translate(name, called, read=documents.listed if name in _DOCUMENTS else _list)
 
 
 def _as_it_is(value: Any) -> Any:
