@@ -104,7 +104,7 @@ class ObservedStages:
             return None
 
     def leave_out(self, key: Hashable, parent_key: Hashable | None) -> None:
-        """Make no stage of `key`: what runs in it is below `parent_key`. Wants no end."""
+        """Make no stage of `key`: what runs in it is below `parent_key`. Its end may be told, and need not be."""
         if self._recorder.enabled:
             scope = self._around(parent_key)
             if scope is not None:
@@ -114,13 +114,24 @@ class ObservedStages:
         """Return the open stage of `key`."""
         return self._open.get(key)
 
-    def end(self, key: Hashable, error: BaseException | None = None) -> None:
-        """Record the stage of `key`, which ended now, with `error` or without. What is not open is left alone."""
-        ended_perf_ns = clock.perf_counter_ns()
+    def knows(self, key: Hashable | None) -> bool:
+        """Whether `key` was begun, or left out, not too long ago."""
+        return key in self._open or key in self._known
+
+    def end(self, key: Hashable, error: BaseException | None = None, *, ended_perf_ns: int | None = None) -> None:
+        """
+        Record the stage of `key`, which ended with `error` or without. What is not open is left alone.
+
+        It ended now, or at `ended_perf_ns` of the monotonic clock, where what it was became known only later.
+        """
+        if ended_perf_ns is None:
+            ended_perf_ns = clock.perf_counter_ns()
         stage = self._open.pop(key, None)
         if stage is not None:
             self._remember(key, _Ended(stage))
             stage._end(error, ended_perf_ns)
+        elif isinstance(around := self._known.get(key), StageContext):  # it was left out
+            self._known[key] = _Ended(around)
 
     def close(self, why: str = EVICTED) -> None:
         """End all that is open as `cancelled`."""
@@ -152,7 +163,8 @@ class ObservedStages:
     def _scope_here(self) -> Scope | None:
         try:
             key = self._find() if self._find is not None else None
-            return None if key is None else self._open.get(key)
+            scope = None if key is None else self._scope_of(key)
+            return scope if scope is not None and scope._open else None
         except Exception:  # noqa: BLE001 - a framework of another version
             return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from evalvault_sdk import StageTracer, current_stage, trace_headers
+from evalvault_sdk.capture import clock as monotonic
 from evalvault_sdk.capture import context
 from evalvault_sdk.capture.observed import EVICTED, ObservedStages
 from evalvault_sdk.testing import FakeClock, RecordedStages, record_stages
@@ -157,6 +158,43 @@ def test_what_is_left_out_hands_its_children_to_its_parent(observed: ObservedSta
     observed.end("plumbing")
     observed.end("chain")
     assert recorded.outline() == "chain\n  llm"
+
+
+def test_a_stage_of_the_program_in_what_is_left_out_is_below_the_parent_of_that(
+    tracer: StageTracer, observed: ObservedStages, recorded: RecordedStages
+) -> None:
+    observed.begin("chain", None, "chain")
+    observed.leave_out("lambda", "chain")
+    token = running.set("lambda")
+    tracer.record_stage("own")
+    observed.end("chain")
+    tracer.record_stage("afterwards")
+    running.reset(token)
+    assert recorded.outline() == "chain\n  own\nafterwards"
+
+
+def test_nothing_of_a_parents_content_is_kept_for_what_was_left_out_and_has_ended(
+    observed: ObservedStages, recorded: RecordedStages
+) -> None:
+    observed.begin("chain", None, "chain", attributes={"query": "secret"})
+    observed.leave_out("plumbing", "chain")
+    observed.end("plumbing")
+    run(observed, "late", "plumbing")
+    observed.end("chain")
+    assert recorded.outline() == "chain\n  late"
+    assert not any(hasattr(scope, "attributes") for scope in observed._known.values())
+
+
+def test_an_end_may_be_told_later_than_it_was(observed: ObservedStages, recorded: RecordedStages) -> None:
+    with FakeClock() as clock:
+        observed.begin("llm", None, "output")
+        clock.advance(2)
+        ended_perf_ns = monotonic.perf_counter_ns()
+        clock.advance(60)
+        observed.end("llm", ended_perf_ns=ended_perf_ns)
+    assert recorded.find("output").event.duration_ms == 2000
+    assert observed.knows("llm")
+    assert not observed.knows("other")
 
 
 def test_an_error_is_recorded_and_an_end_that_is_told_twice_counts_once(
