@@ -208,3 +208,18 @@ def run_script(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
+
+
+def run_block(code: str, folder: Path, url: str) -> subprocess.CompletedProcess[str]:
+    """Run code from a page as a program in `folder`, in which a warning is an error; a server is at `url`."""
+    script = folder / "test_block.py"
+    script.write_text(code.replace("http://localhost:8000", url), encoding="utf-8")
+    runner = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if "evalvault_stages" in code else []
+    return subprocess.run(
+        [sys.executable, "-W", "error", *runner, script],
+        env={**clean_environment(), "EVALVAULT_API_URL": url},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )

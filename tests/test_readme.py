@@ -15,18 +15,15 @@ import pytest
 from evalvault_sdk import FolderPayloadStore, Settings
 from evalvault_sdk.delivery.account import DropReason
 from evalvault_sdk.server import ServerSettings
-from tests.support import ROOT, LiveServer, clean_environment
+from tests.markdown import code_blocks
+from tests.support import ROOT, LiveServer, clean_environment, run_block
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 KOREAN = (ROOT / "README.ko.md").read_text(encoding="utf-8")
 
 
-def code_blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
 def test_the_korean_twin_says_the_same() -> None:
-    assert code_blocks("python", KOREAN) == code_blocks("python")
+    assert code_blocks("python", KOREAN) == code_blocks("python", README)
     commands = re.compile(r"^\$ [^#\n]*", flags=re.MULTILINE)
     assert commands.findall(KOREAN) == commands.findall(README)
     assert len(re.findall(r"^## ", KOREAN, flags=re.MULTILINE)) == len(re.findall(r"^## ", README, flags=re.MULTILINE))
@@ -74,26 +71,16 @@ def test_the_recipes_for_deploying_use_variables_that_there_are() -> None:
 
 
 #: What needs EvalVault itself is run by `make interop`.
-BLOCKS = [block for block in code_blocks("python") if "from evalvault." not in block]
+BLOCKS = [block for block in code_blocks("python", README) if "from evalvault." not in block]
 
 
 @pytest.mark.parametrize("number", range(7))
 def test_every_block_of_code_runs(server: LiveServer, tmp_path: Path, number: int) -> None:
     assert len(BLOCKS) == 7
-    script = tmp_path / "test_block.py"
-    script.write_text(BLOCKS[number].replace("http://localhost:8000", server.url), encoding="utf-8")
-    runner = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if "evalvault_stages" in BLOCKS[number] else []
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *runner, script],
-        env={**clean_environment(), "EVALVAULT_API_URL": server.url},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-    )
+    done = run_block(BLOCKS[number], tmp_path, server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    if runner:
+    if "evalvault_stages" in BLOCKS[number]:
         assert "1 passed" in done.stdout
     if number == 0:
         assert done.stdout == "recorded 3 = delivered 3\n"
