@@ -8,6 +8,7 @@
 #   make soak       a million events in an outage, then five minutes of programs that are killed and a server that
 #                   fails; SECONDS=60 SEED=7 to choose
 #   make fuzz       all that the API describes, and much that it does not, asked of a real server; SECONDS=60 SEED=7
+#   make docs       the API from its docstrings, and the guides, as pages in build/docs; fails on a broken link
 #   make lint       lint, format check, strict types
 #   make bench      what the speed claims rest on
 #   make dist       wheel and sdist in dist/
@@ -17,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SECONDS ?= 300
 
-.PHONY: demo test test-all interop interop-here soak fuzz fuzz-here lint format bench dist clean
+.PHONY: demo test test-all interop interop-here soak fuzz fuzz-here docs docs-here lint format bench dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -57,6 +58,13 @@ fuzz:
 fuzz-here: $(VENV)/.fuzz
 	$(BIN)/python -m tests.tools.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
+# pdoc has an environment of its own: nothing else needs it.
+docs:
+	@$(MAKE) --no-print-directory docs-here VENV=.venv-docs
+
+docs-here: $(VENV)/.docs
+	$(BIN)/python -m tests.tools.site build/docs
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,7 +85,7 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-3.* .venv-interop .venv-fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* .venv-interop .venv-fuzz .venv-docs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 1; }
