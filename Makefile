@@ -5,6 +5,7 @@
 #   make test       the test suite
 #   make test-all   the test suite on every Python 3.10 to 3.13 found here
 #   make interop    the same data in our hands and in those of the real EvalVault 1.88 (Python 3.12, a gigabyte)
+#   make beside     the SDK in one environment with the newest LangChain, LlamaIndex, Haystack and ragas
 #   make soak       a million events in an outage, then five minutes of programs that are killed and a server that
 #                   fails; SECONDS=60 SEED=7 to choose
 #   make fuzz       all that the API describes, and much that it does not, asked of a real server; SECONDS=60 SEED=7
@@ -18,7 +19,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SECONDS ?= 300
 
-.PHONY: demo test test-all interop interop-here soak fuzz fuzz-here docs docs-here lint format bench dist clean
+.PHONY: demo test test-all interop interop-here beside soak fuzz fuzz-here docs docs-here lint format bench dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -46,6 +47,9 @@ interop-here: $(VENV)/.interop $(VENV)/tokenizer
 
 $(VENV)/tokenizer: | $(BIN)/python
 	sh tests/tools/fetch_tokenizer.sh $(BIN)/python $@
+
+beside:
+	sh tests/tools/beside.sh "$(PYTHON)" .venv-beside
 
 soak: $(VENV)/.dev
 	OUTAGE_EVENTS=1000000 $(BIN)/python -m pytest tests/path/test_long_outage.py
@@ -85,7 +89,8 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-3.* .venv-interop .venv-fuzz .venv-docs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* .venv-interop .venv-beside .venv-fuzz .venv-docs build dist
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer was found: install one, or say make PYTHON=/path/to/python"; exit 1; }
