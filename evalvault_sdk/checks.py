@@ -161,6 +161,12 @@ def is_url(_instance: Any, attribute: Any, value: Any) -> None:
         )
 
 
+def is_url_or_none(instance: Any, attribute: Any, value: Any) -> None:
+    """Accept such an address, or None."""
+    if value is not None:
+        is_url(instance, attribute, value)
+
+
 def is_token(_instance: Any, attribute: Any, value: Any) -> None:
     """Accept what fits into an HTTP header, or None."""
     if value is not None and (not isinstance(value, str) or not value.isascii() or not value.isprintable()):

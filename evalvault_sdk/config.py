@@ -74,6 +74,14 @@ class Settings:
         converter=checks.as_path,
         validator=checks.is_path,
     )
+    otlp_endpoint: str | None = setting(
+        "EVALVAULT_OTLP_ENDPOINT",
+        "Instead of sending to EvalVault: send events as spans to this OTLP endpoint (HTTP), a Collector for example; "
+        "`/v1/traces` is added to it. Needs `evalvault-sdk[otel]`.",
+        default=None,
+        converter=checks.without_slash,
+        validator=checks.is_url_or_none,
+    )
     token: str | None = setting(
         "EVALVAULT_API_TOKEN",
         "Bearer token. Never shown in a repr or a log line.",
@@ -472,7 +480,7 @@ def _collect(environ: Mapping[str, str] | None, given: Mapping[str, Any]) -> tup
 
 
 #: The settings that say where events go.
-_DESTINATIONS = ("api_url", "file", "db_path")
+_DESTINATIONS = ("api_url", "file", "db_path", "otlp_endpoint")
 
 
 class SettingArguments(TypedDict, total=False):
@@ -480,6 +488,7 @@ class SettingArguments(TypedDict, total=False):
 
     file: str | os.PathLike[str] | None
     db_path: str | os.PathLike[str] | None
+    otlp_endpoint: str | None
     token: str | None
     enabled: bool | None
     verify: bool | str | os.PathLike[str] | None

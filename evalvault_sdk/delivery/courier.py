@@ -333,8 +333,10 @@ class Courier:
 
     def _settle(self, hand: Hand, part: Batch, outcome: Delivered | Refused | TooLarge) -> None:
         """Enter the outcome of a part into the account, and the refused events into the dead letter."""
+        unnamed = 0
         if isinstance(outcome, Delivered):
             refused = {rejected.index: rejected.reason for rejected in outcome.rejected}
+            unnamed = min(outcome.unnamed, len(part) - len(refused))
         else:
             reason = outcome.reason if isinstance(outcome, Refused) else "it is too large for the server"
             refused = dict.fromkeys(range(len(part)), reason)
@@ -345,10 +347,14 @@ class Courier:
             if not self._holds(hand):
                 return
             hand.parts.pop()
-            begin = 0
+            begin, unsettled = 0, unnamed
             for share in part.shares:
                 end = begin + share.count
-                share.account.settle(share, sum(begin <= index < end for index in refused) if refused else 0)
+                named = sum(begin <= index < end for index in refused) if refused else 0
+                # Whose they are nobody knows: of several tracers it is the first that counts them.
+                guessed = min(unsettled, share.count - named)
+                unsettled -= guessed
+                share.account.settle(share, named + guessed)
                 begin = end
             self._ledger.settled.notify_all()
         self._successes += isinstance(outcome, Delivered)
@@ -357,6 +363,8 @@ class Courier:
             self._notices.recovered()
         if refused:
             self._notices.rejected(len(refused), next(iter(refused.values())), kept=kept)
+        if unnamed and isinstance(outcome, Delivered):  # which to keep in the dead letter, nobody knows either
+            self._notices.rejected(unnamed, outcome.reason, kept=False)
 
     def _failed(self, outcome: RetryLater) -> None:
         self.suspicious = outcome.blame != "destination"

@@ -105,6 +105,10 @@ def _transport_for(settings: Settings) -> Transport:
         return FileTransport(settings.file)
     if settings.db_path is not None:
         return StoreTransport(settings.db_path)
+    if settings.otlp_endpoint is not None:
+        from evalvault_sdk.delivery.transport.otlp import OtlpTransport  # an extra
+
+        return OtlpTransport(settings)
     return HttpTransport(settings)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from evalvault_sdk.events import StageEvent
 from evalvault_sdk.otel.plain import parsed, plain
 from evalvault_sdk.otel.span import Span, SpanEvent
+from evalvault_sdk.otel.tospan import event_of
 from evalvault_sdk.otel.vocabulary import Words, attributes_of, take_stage_type
 
 DEFAULT_RUN_ID = "otel"
@@ -42,12 +43,16 @@ def stage_event_of(span: Span, *, run_id: str | None = None) -> StageEvent:
     """
     Return the stage event of a span; a `run_id` given here wins over what the span says.
 
+    A span that was a stage of ours before (`otel.tospan`) becomes that again. For any other:
+
     A stage has failed if its span's status is ERROR, or if it is unset, the span is of Open RAG Trace (`rag.module`)
     and recorded an exception. `attributes.error` then has the type and message of the last exception, else of the
     status. Raises `InvalidStageEventError` for a `run_id` that no event may have, else never.
     """
     words = Words(span.attributes)
     run_id = _run_id(words, span) if run_id is None else run_id
+    if (own := event_of(span, run_id)) is not None:
+        return own
     # EvalVault's own adapter records an exception and ends the span, before OpenTelemetry could set its status.
     failed = span.status_code == "error" or (
         span.status_code == "unset" and "rag.module" in words.left and _last_exception(span.events) is not None

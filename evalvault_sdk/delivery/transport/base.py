@@ -26,9 +26,12 @@ class RejectedEvent:
 
 @attrs.frozen
 class Delivered:
-    """The batch was stored, but for the events named."""
+    """The batch was stored, but for the events named, and for some more if nobody says which."""
 
     rejected: tuple[RejectedEvent, ...] = ()
+    #: So many more were refused, of the others, and why: OTLP counts them only.
+    unnamed: int = 0
+    reason: str = ""
 
 
 #: What is at fault when a request fails.

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import orjson
 
 from evalvault_sdk.delivery.batch import Batch
@@ -50,30 +51,38 @@ _RETRYABLE = frozenset({408, 425, 429})
 _ADVICE = {
     401: "the server wants a token: set EVALVAULT_API_TOKEN",
     403: "the token may not write to this run: check EVALVAULT_API_TOKEN and its scope",
-    404: "there is no EvalVault server at this address: check EVALVAULT_API_URL",
-    405: "there is no EvalVault server at this address: check EVALVAULT_API_URL",
-    415: "the server does not take what we send: set EVALVAULT_COMPRESSION=none, or check EVALVAULT_API_URL",
+    404: "there is no {server} at this address: check {variable}",
+    405: "there is no {server} at this address: check {variable}",
+    415: "the server does not take what we send: set EVALVAULT_COMPRESSION=none, or check {variable}",
     407: "the proxy wants a password: check HTTPS_PROXY",
 }
 
 
-class HttpTransport:
+@attrs.frozen
+class Answer:
+    """What a server said to a request."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Poster:
     """A session with one server."""
 
-    def __init__(self, settings: Settings) -> None:
-        url = settings.api_url
-        self.destination = url if url.endswith(EVENTS_PATH) else url + EVENTS_PATH
+    def __init__(self, settings: Settings, url: str, content_type: str) -> None:
         self._settings = settings
+        self._url = url
+        self._content_type = content_type
         self._session: requests.Session | None = None
 
-    def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
-        """Post the batch once; `timeout_s` shortens the timeouts of the settings."""
+    def post(self, body: bytes, *, timeout_s: float | None = None) -> Answer | RetryLater:
+        """Post a body once; `timeout_s` shortens the timeouts of the settings. Without an answer, say why."""
         # The two in the middle requests itself imports late.
         load("requests", "netrc", "encodings.idna", "evalvault_sdk.delivery.transport.deadline")
         import requests
 
-        body = batch.body()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": self._content_type, "Accept": self._content_type}
         if self._settings.compression == "gzip" and len(body) >= _MIN_GZIP_BYTES:
             body = gzip.compress(body, _GZIP_LEVEL)
             headers["Content-Encoding"] = "gzip"
@@ -81,15 +90,14 @@ class HttpTransport:
             if self._session is None:
                 self._session = self._open()
             with self._session.post(
-                self.destination,
+                self._url,
                 data=body,
                 headers=headers,
                 timeout=self._timeouts(timeout_s),
                 stream=True,
                 **request_options(self._settings),
             ) as response:
-                answer = _read(response)
-                return outcome_of(response.status_code, response.headers, answer, len(batch))
+                return Answer(response.status_code, response.headers, _read(response))
         except (requests.RequestException, OSError) as error:
             # OSError: a CA bundle that is not there, a socket that broke while the answer was read.
             self.close()
@@ -111,7 +119,7 @@ class HttpTransport:
         return min(connect_s, most_s), min(read_s, most_s)
 
     def close(self) -> None:
-        """Close the connection; the next `send` opens one."""
+        """Close the connection; the next `post` opens one."""
         session, self._session = self._session, None
         if session is not None:
             session.close()
@@ -125,6 +133,30 @@ class HttpTransport:
                 session.close()
             except Exception:  # noqa: BLE001 - another urllib3 than those we know: then it stays open
                 _inherited.append(session)
+
+
+class HttpTransport:
+    """The endpoint for events of one server."""
+
+    def __init__(self, settings: Settings) -> None:
+        url = settings.api_url
+        self.destination = url if url.endswith(EVENTS_PATH) else url + EVENTS_PATH
+        self._poster = Poster(settings, self.destination, "application/json")
+
+    def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
+        """Post the batch once."""
+        answer = self._poster.post(batch.body(), timeout_s=timeout_s)
+        if isinstance(answer, RetryLater):
+            return answer
+        return outcome_of(answer.status, answer.headers, answer.body, len(batch))
+
+    def close(self) -> None:
+        """Close the connection; the next `send` opens one."""
+        self._poster.close()
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's connection."""
+        self._poster.after_fork_in_child()
 
 
 def open_session(settings: Settings) -> requests.Session:
@@ -197,18 +229,9 @@ def outcome_of(status: int, headers: Mapping[str, str], answer: bytes, sent: int
     if status == 413:
         limit = _object(answer).get("limit_bytes")
         return TooLarge(limit if isinstance(limit, int) and limit > 0 else None)
-    if status in _RETRYABLE or status >= 500:
-        wait_s = retry_after_s(headers.get("Retry-After"), time.time())
-        return RetryLater(f"HTTP {status}", wait_s=wait_s, blame="unclear" if status == 500 else "destination")
-    if 300 <= status < 400:
-        return RetryLater(
-            f"HTTP {status}, a redirect",
-            advice="check EVALVAULT_API_URL (https instead of http? another path?): redirects are not followed",
-        )
-    if status in _ADVICE:
-        return RetryLater(
-            f"HTTP {status}", advice=_ADVICE[status], blame="destination" if status in (401, 407) else "request"
-        )
+    trouble = trouble_of(status, headers, "EvalVault server", "EVALVAULT_API_URL")
+    if trouble is not None:
+        return trouble
     if status == 422:
         verdict = _verdict(answer, sent)
         if verdict is not None:
@@ -221,6 +244,25 @@ def outcome_of(status: int, headers: Mapping[str, str], answer: bytes, sent: int
             blame="request",
         )
     return Refused(f"{problem['error']}: {problem['details']}")
+
+
+def trouble_of(status: int, headers: Mapping[str, str], server: str, variable: str) -> RetryLater | None:
+    """Return what any HTTP server means by a status that may pass, or that a person can do something about."""
+    if status in _RETRYABLE or status >= 500:
+        wait_s = retry_after_s(headers.get("Retry-After"), time.time())
+        return RetryLater(f"HTTP {status}", wait_s=wait_s, blame="unclear" if status == 500 else "destination")
+    if 300 <= status < 400:
+        return RetryLater(
+            f"HTTP {status}, a redirect",
+            advice=f"check {variable} (https instead of http? another path?): redirects are not followed",
+        )
+    if status in _ADVICE:
+        return RetryLater(
+            f"HTTP {status}",
+            advice=_ADVICE[status].format(server=server, variable=variable),
+            blame="destination" if status in (401, 407) else "request",
+        )
+    return None
 
 
 def _verdict(answer: bytes, sent: int) -> Delivered | None:
