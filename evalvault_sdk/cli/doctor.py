@@ -37,10 +37,11 @@ from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.folder import DESTINATION_FILE, default_root, folder_of, make_folder
 from evalvault_sdk.delivery.lock import take_lock
-from evalvault_sdk.delivery.transport.base import RetryLater
+from evalvault_sdk.delivery.outbox import transport_for
+from evalvault_sdk.delivery.transport.base import Delivered, RetryLater, TooLarge
 from evalvault_sdk.delivery.transport.deadline import DeadlineAdapter
 from evalvault_sdk.delivery.transport.http import EVENTS_PATH, HttpTransport, open_session, outcome_of, request_options
-from evalvault_sdk.errors import EvalVaultError
+from evalvault_sdk.errors import EvalVaultError, MissingDependencyError
 from evalvault_sdk.server.store import open_store
 
 #: Seconds that looking up a name may take; the system's own limit can be minutes.
@@ -102,7 +103,11 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
     if destination is not None:
         yield from _file(settings, destination)
     else:
-        destination = HttpTransport(settings).destination
+        try:
+            destination = transport_for(settings).destination
+        except MissingDependencyError as error:
+            yield Finding("server", "problem", "spans cannot be sent", str(error))
+            return
         with open_session(settings) as session:
             yield from _network(settings, session, environ)
     if settings.durability == "memory":
@@ -115,11 +120,12 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
 
 
 def _network(settings: Settings, session: requests.Session, environ: Mapping[str, str]) -> Iterator[Finding]:
-    url = urlsplit(settings.api_url)
+    address = settings.otlp_endpoint or settings.api_url
+    url = urlsplit(address)
     options = session.merge_environment_settings(
-        settings.api_url, dict(settings.proxies or {}), None, settings.verify, settings.cert
+        address, dict(settings.proxies or {}), None, settings.verify, settings.cert
     )
-    proxy_url = requests.utils.select_proxy(settings.api_url, options["proxies"])
+    proxy_url = requests.utils.select_proxy(address, options["proxies"])
     proxy = urlsplit(proxy_url if "://" in proxy_url else f"http://{proxy_url}") if proxy_url else None
     if proxy is None:
         yield Finding("proxy", "ok", "none")
@@ -149,8 +155,12 @@ def _network(settings: Settings, session: requests.Session, environ: Mapping[str
     else:
         finding = Finding("TLS", "ok", "none: an http:// address")
     yield finding
-    if finding.state != "problem":
+    if finding.state == "problem":
+        return
+    if settings.otlp_endpoint is None:
         yield from _server(settings, session)
+    else:
+        yield _otlp_endpoint(settings)
 
 
 def _place(url: SplitResult) -> str:
@@ -307,6 +317,18 @@ def _server(settings: Settings, session: requests.Session) -> Iterator[Finding]:
     yield _token(settings, answer.status)
     yield Finding("round trip", "ok", f"{again.took_s * 1000:.1f} ms")
     yield _clock(again)
+
+
+def _otlp_endpoint(settings: Settings) -> Finding:
+    from evalvault_sdk.delivery.transport.otlp import OtlpTransport  # an extra
+
+    with contextlib.closing(OtlpTransport(settings)) as transport:
+        outcome = transport.probe()
+    if isinstance(outcome, Delivered):
+        return Finding("server", "ok", "an OTLP endpoint, which takes spans")
+    reason = "the request is too large" if isinstance(outcome, TooLarge) else outcome.reason
+    advice = outcome.advice if isinstance(outcome, RetryLater) else None
+    return Finding("server", "problem", reason, advice or "see the log of what answers there")
 
 
 def _version(health: _Answer) -> str | None:

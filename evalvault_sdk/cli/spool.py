@@ -33,10 +33,11 @@ from evalvault_sdk.delivery.deadletter import DEAD_LETTER_FILE, OLDER_DEAD_LETTE
 from evalvault_sdk.delivery.folder import DESTINATION_FILE, default_root, folder_of
 from evalvault_sdk.delivery.lock import take_lock
 from evalvault_sdk.delivery.notices import Notices
+from evalvault_sdk.delivery.outbox import transport_for
 from evalvault_sdk.delivery.segment import Line, Segment
 from evalvault_sdk.delivery.spool import SEGMENT_NAME, UNLOCKED_AGE_S, Spool
 from evalvault_sdk.delivery.transport.base import Outcome, RetryLater
-from evalvault_sdk.delivery.transport.http import HttpTransport
+from evalvault_sdk.delivery.transport.http import TRACES_PATH
 from evalvault_sdk.errors import EvalVaultError
 
 #: Read, or sent, at once.
@@ -153,7 +154,8 @@ def spool_settings(directory: Path | None, url: str | None = None, token: str | 
     """Return the settings for a spool below `directory`, or where the environment says. Raises `EvalVaultError`."""
     # An address in any case: what else the environment names as a destination is no matter here.
     url = url or "http://localhost:8000"
-    return Settings.resolve(run_id="spool", api_url=url, token=token, spool_dir=directory)
+    where = {"otlp_endpoint" if url.endswith(TRACES_PATH) else "api_url": url}
+    return Settings.resolve(None, run_id="spool", token=token, spool_dir=directory, **where)
 
 
 def root_of(settings: Settings) -> Path:
@@ -171,7 +173,7 @@ def destinations(root: Path, url: str | None = None) -> list[Destination]:
     if url is None:
         return found
     if url.startswith(("http://", "https://")):
-        url = HttpTransport(spool_settings(None, url)).destination
+        url = transport_for(spool_settings(None, url)).destination
     identity = folder_of(root, url).stem  # without the user
     found = [destination for destination in found if destination.folder.stem == identity]
     if not found:
@@ -204,17 +206,28 @@ class Replayed:
         return not (self.refused or self.damaged or self.left or self.failure)
 
 
-class _Watched(HttpTransport):
+class _Watched:
     """The transport, which remembers why the last request failed."""
 
-    failure: RetryLater | None = None
+    def __init__(self, settings: Settings) -> None:
+        self._transport = transport_for(settings)
+        self.destination = self._transport.destination
+        self.failure: RetryLater | None = None
 
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
-        """Post the batch once."""
+        """Send the batch once."""
         self.failure = None
-        outcome = super().send(batch, timeout_s=timeout_s)
+        outcome = self._transport.send(batch, timeout_s=timeout_s)
         self.failure = outcome if isinstance(outcome, RetryLater) else None
         return outcome
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._transport.close()
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's connection."""
+        self._transport.after_fork_in_child()
 
 
 def check_replay(found: list[Destination], *, to: str | None, token: str | None) -> None:

@@ -44,7 +44,7 @@ def open_outbox(settings: Settings, transport: Transport | None = None) -> Outbo
                 if shared.closing or (shared.unused and not shared.is_alive):
                     _shared.pop(other, None)
             while True:
-                worker = _shared.setdefault(key, Worker(_transport_for(settings), settings, on_unused=_retire))
+                worker = _shared.setdefault(key, Worker(transport_for(settings), settings, on_unused=_retire))
                 outbox = Outbox(worker, worker.open_queue(), settings)
                 if not worker.closing:  # as it may be, if a finalizer has just shut down the last of its tracers
                     break
@@ -100,7 +100,8 @@ class Outbox:
         return self.queue.account.stats()
 
 
-def _transport_for(settings: Settings) -> Transport:
+def transport_for(settings: Settings) -> Transport:
+    """Return the way to where the settings say that events go. Raises `MissingDependencyError`."""
     if settings.file is not None:
         return FileTransport(settings.file)
     if settings.db_path is not None:

@@ -355,6 +355,16 @@ def test_a_spool_that_is_switched_off_is_not_looked_for(server: LiveServer) -> N
     assert found["settings"].state == "warning"
 
 
+def test_an_otlp_endpoint_is_asked_in_its_own_way(server: LiveServer) -> None:
+    found = examine(EVALVAULT_OTLP_ENDPOINT=server.url)
+    assert (found["server"].state, found["server"].text) == ("ok", "an OTLP endpoint, which takes spans")
+    assert found["spool"].state == "ok"
+    with other_server(status=200, body=b"<html>login</html>", headers={"Content-Type": "text/html"}) as port:
+        found = examine(EVALVAULT_OTLP_ENDPOINT=f"http://127.0.0.1:{port}")
+    assert found["server"].state == "problem"
+    assert "EVALVAULT_OTLP_ENDPOINT" in (found["server"].advice or "")
+
+
 @pytest.mark.parametrize("variable", ["EVALVAULT_FILE", "EVALVAULT_SDK_DB_PATH"])
 def test_a_file_as_destination_is_checked_instead_of_the_network(tmp_path: Path, variable: str) -> None:
     what = "file" if variable == "EVALVAULT_FILE" else "database"

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from evalvault_sdk import StageTracer
 from evalvault_sdk.cli import spool
 from evalvault_sdk.delivery.deadletter import DeadLetter
 from evalvault_sdk.delivery.folder import folder_of
@@ -203,6 +204,21 @@ def test_replay_sends_to_the_server_that_the_events_were_recorded_for(tmp_path: 
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2,500 events stored" in done.stdout
         assert "s3cret" not in refused.stdout + done.stdout
+    finally:
+        server.stop()
+
+
+def test_replay_sends_spans_to_the_endpoint_that_they_were_recorded_for(tmp_path: Path, run: str, root: Path) -> None:
+    port = free_port()
+    with StageTracer(run, otlp_endpoint=f"http://127.0.0.1:{port}", shutdown_timeout_s=0.1) as tracer:
+        for number in range(3):
+            tracer.record_stage("work", attributes={"number": number})
+    assert only(root).address == f"http://127.0.0.1:{port}/v1/traces"
+    server = LiveServer(tmp_path / "x.db", port=port)
+    try:
+        done = command("spool", "replay", "--url", f"{server.url}/v1/traces")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert stored(server, run) == [0, 1, 2]
     finally:
         server.stop()
 

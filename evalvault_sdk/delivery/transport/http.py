@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from evalvault_sdk.config import Settings
 
 EVENTS_PATH = "/api/stage/events"
+#: Where OTLP is taken (`delivery.transport.otlp`).
+TRACES_PATH = "/v1/traces"
 #: A shorter body costs more to pack than it saves.
 _MIN_GZIP_BYTES = 1024
 #: Level 1 packs JSON to a fifth at a third of the default level's cost.

@@ -19,7 +19,7 @@ import orjson
 
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome, Refused, RejectedEvent, RetryLater, TooLarge
-from evalvault_sdk.delivery.transport.http import Answer, Poster, trouble_of
+from evalvault_sdk.delivery.transport.http import TRACES_PATH, Answer, Poster, trouble_of
 from evalvault_sdk.errors import InvalidStageEventError, MissingDependencyError
 from evalvault_sdk.events import StageEvent
 from evalvault_sdk.otel.span import KINDS, STATUS_CODES, Scope, Span, SpanEvent
@@ -40,7 +40,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from evalvault_sdk.config import Settings
 
-TRACES_PATH = "/v1/traces"
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 _VARIABLE = "EVALVAULT_OTLP_ENDPOINT"
 
@@ -75,6 +74,11 @@ class OtlpTransport:
         return Delivered(
             tuple(RejectedEvent(place, rejected[place]) for place in sorted(rejected)), outcome.unnamed, outcome.reason
         )
+
+    def probe(self) -> Outcome:
+        """Post no spans at all, which is allowed, to see what answers."""
+        answer = self._poster.post(request_of([]))
+        return answer if isinstance(answer, RetryLater) else outcome_of(answer, 0)
 
     def close(self) -> None:
         """Close the connection; the next `send` opens one."""
