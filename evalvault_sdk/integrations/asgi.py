@@ -225,6 +225,6 @@ def _route(scope: Mapping[str, Any], path: object) -> str | None:
     if not all(name in values for name in names):  # a mount: the rest of the path is its own affair
         return form
     in_parameters = sum(values[name].count("/") for name in names)
-    above = path.split("/")[: path.count("/") - form.count("/") - in_parameters + 1]
+    above = path.split("/")[: max(1, path.count("/") - form.count("/") - in_parameters + 1)]
     called = {value: f"{{{name}}}" for name, value in values.items() if name not in names}
     return "/".join(called.get(segment, segment) for segment in above) + form

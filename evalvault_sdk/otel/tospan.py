@@ -40,7 +40,7 @@ _SAID = ("run_id", "stage_type", "attributes", "metadata")
 _STAGE_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 _SPAN_ID = re.compile(r"(?!0{16})[0-9a-f]{16}")
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
-_ELEMENT = re.compile(r"^(\w+\.(?:output_)?documents\.)\d+\..*$", re.DOTALL)
+_ELEMENT = re.compile(r"(\w+\.(?:output_)?documents\.)\d+\.")
 _INT64 = range(-(2**63), 2**63)
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MAX_NS = 2**64 - 1
@@ -162,7 +162,8 @@ def _names(head: Mapping[str, Any], which: str) -> set[str]:
 
 def _root(name: str) -> str:
     """Return what all attributes of a list of documents have in common; of any other attribute its name."""
-    return _ELEMENT.sub(r"\1", name)
+    match = _ELEMENT.match(name) if "documents." in name else None  # most names need no regular expression
+    return name if match is None else match[1]
 
 
 def _exception(error: Mapping[str, Any], time_unix_nano: int) -> SpanEvent:
