@@ -11,7 +11,7 @@ In the task of the request. Nothing is imported but this package, and what passe
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from evalvault_sdk.capture import clock
@@ -198,7 +198,8 @@ class _Request:
             stage.set(method=scope.get("method"))
         if self._status_code is not None:
             stage.set(status_code=self._status_code)
-        if type(error).__name__ in _DISCONNECTS or (self._has_gone and error in (None, self._send_error)):
+        cause = _unwrapped(error)
+        if type(cause).__name__ in _DISCONNECTS or (self._has_gone and cause in (None, self._send_error)):
             error = None
             if not self._is_complete:
                 stage.status = "cancelled"
@@ -208,6 +209,12 @@ class _Request:
         elif error is None and not self._is_complete and scope["type"] == "http":
             stage.fail("the answer was not completed", kind="IncompleteAnswer")
         stage._end(error, ended_perf_ns)
+
+
+def _unwrapped(error: BaseException | None) -> BaseException | None:
+    """Return the one exception in a group: task groups, as those in frameworks, raise no other."""
+    inner: Sequence[BaseException] = getattr(error, "exceptions", ())
+    return _unwrapped(inner[0]) if len(inner) == 1 else error
 
 
 def _route(scope: Mapping[str, Any], path: object) -> str | None:
