@@ -1,5 +1,5 @@
 """
-Say of a stage in the words of OpenInference and of OpenTelemetry's conventions for GenAI what it says in EvalVault's.
+Say of a stage in the words of OpenInference and of OpenTelemetry's conventions what it says in EvalVault's.
 
 In:   a stage event.
 Out:  attributes that Phoenix, and whatever else shows spans of LLM programs, knows how to show.
@@ -42,6 +42,13 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "tool_name": ("gen_ai.tool.name", "tool.name"),
     "agent_name": ("gen_ai.agent.name", "agent.name"),
 }
+#: Of a `request`, as `integrations.asgi` records it: OpenTelemetry's conventions for HTTP.
+_HTTP_NAMES: Mapping[str, tuple[str, ...]] = {
+    "method": ("http.request.method",),
+    "route": ("http.route",),
+    "path": ("url.path",),
+    "status_code": ("http.response.status_code",),
+}
 _MODELS: Mapping[str, tuple[str, ...]] = {
     "output": ("gen_ai.request.model", "llm.model_name"),
     "embedding": ("gen_ai.request.model", "embedding.model_name"),
@@ -61,7 +68,7 @@ def standard_attributes(event: StageEvent) -> dict[str, Any]:
     found: dict[str, Any] = {"openinference.span.kind": _KINDS.get(stage_type, _OTHER_KIND)}
     if stage_type in _OPERATIONS:
         found["gen_ai.operation.name"] = _OPERATIONS[stage_type]
-    for name, names in _NAMES.items():
+    for name, names in (_HTTP_NAMES if stage_type == "request" else _NAMES).items():
         if _is_scalar(said.get(name)):
             found.update(dict.fromkeys(names, said[name]))
     model = said.get("model") or event.metadata.get("model")

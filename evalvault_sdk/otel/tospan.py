@@ -65,7 +65,7 @@ def span_of(event: StageEvent, scope: Scope | None = None) -> Span:
         span_id=span_id,
         parent_span_id=_parent_span_id(event, span_id),
         name=event.stage_name or event.stage_type,
-        kind="internal",
+        kind="server" if event.stage_type == "request" else "internal",
         start_time_unix_nano=started,
         end_time_unix_nano=finished,
         status_code={"success": "ok", "error": "error"}.get(event.status, "unset"),

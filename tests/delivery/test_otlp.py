@@ -237,6 +237,14 @@ def test_who_knows_the_conventions_only_sees_documents_tokens_texts_and_errors()
     assert [event.name for event in second.events] == ["exception"]
 
 
+def test_a_request_is_that_of_a_server_in_the_words_of_http() -> None:
+    said = {"method": "POST", "route": "/ask", "status_code": 200}
+    (span,) = spans_of(request_of([StageEvent(run_id="r", stage_type="request", attributes=said)]))
+    told = attributes_of(span)
+    assert span.kind == 2
+    assert (told["http.request.method"], told["http.route"], told["http.response.status_code"]) == ("POST", "/ask", 200)
+
+
 def test_runs_are_services_and_projects_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [StageEvent(run_id=run_id, stage_type="x") for run_id in ("a", "b", "a")]
     request = ExportTraceServiceRequest.FromString(request_of(events))
