@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from time import perf_counter_ns
 from typing import Any
 
-from benchmarks.workload import DOC_IDS, QUERY, SCORES, STAGES_PER_REQUEST
+from benchmarks.workload import STAGE_TYPES, STAGES_PER_REQUEST, attributes_of
 from evalvault_sdk import StageTracer, current_stage
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome
@@ -40,12 +40,10 @@ class Nowhere:
         """Do nothing."""
 
 
-ATTRIBUTES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("query_rewrite", {"original": QUERY, "rewritten": QUERY.lower(), "language": "ko", "rewriter": "glossary-1"}),
-    ("retrieval", {"doc_ids": DOC_IDS, "scores": SCORES, "top_k": 10}),
-    ("rerank", {"doc_ids": DOC_IDS[:5], "scores": SCORES[:5], "input_count": 10, "output_count": 5}),
-    ("output", {"answer": QUERY * 2, "citations": DOC_IDS[:3], "tokens_in": 912, "tokens_out": 208, "model": "gpt-4"}),
-)
+ROOT, *_INNER = attributes_of(1)
+ATTRIBUTES = tuple(zip(STAGE_TYPES, _INNER, strict=True))
+_QUERY: str = ROOT["query"]
+_DOC_IDS: list[str] = _INNER[1]["doc_ids"]
 
 
 def tracer(**settings: Any) -> StageTracer:
@@ -58,7 +56,7 @@ def with_blocks(of: StageTracer) -> Request:
 
     def request() -> None:
         with of.stage("request") as root:
-            root.set(query=QUERY, user="u-1029", session="s-88121", channel="web")
+            root.set(**ROOT)
             for stage_type, attributes in ATTRIBUTES:
                 with of.stage(stage_type) as stage:
                     stage.set(**attributes)
@@ -84,7 +82,7 @@ def decorated(of: StageTracer, **options: Any) -> Request:
         @of.stage(stage_type, **options)
         def function(query: str, top_k: int) -> list[str]:
             current_stage().set(**attributes)
-            return DOC_IDS
+            return _DOC_IDS
 
         return function
 
@@ -92,18 +90,18 @@ def decorated(of: StageTracer, **options: Any) -> Request:
 
     @of.stage("request", **options)
     def request(query: str, top_k: int) -> None:
-        current_stage().set(query=QUERY, user="u-1029", session="s-88121", channel="web")
+        current_stage().set(**ROOT)
         for function in parts:
-            function(QUERY, 10)
+            function(_QUERY, 10)
 
-    return lambda: request(QUERY, 10)
+    return lambda: request(_QUERY, 10)
 
 
 def recorded(of: StageTracer) -> Request:
     """Return a request by `record_stage`."""
 
     def request() -> None:
-        parent = of.record_stage("request", attributes={"query": QUERY, "user": "u-1029"}, duration_ms=1.0)
+        parent = of.record_stage("request", attributes=ROOT, duration_ms=1.0)
         for stage_type, attributes in ATTRIBUTES:
             of.record_stage(stage_type, parent_stage_id=parent, attributes=attributes, duration_ms=1.0)
 

@@ -1,75 +1,150 @@
 """
-What recording costs, next to the OpenTelemetry SDK doing the same work in the same run.
+Measure SDKs side by side: what recording costs, and what becomes of what was recorded.
 
-    make bench
+In:   situations, a number of rounds.
+Out:  for each situation and SDK the figures of every round.
 
-Every SDK runs in a process of its own, in turn, several rounds; a sink in another process counts what
-arrived, and a run in which anything is missing does not count. Machines differ: read the ratios.
+Every SDK runs in a process of its own, one after the other, round by round: what the machine does besides hits all of
+them. A sink in another process counts what arrived.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
+import os
+import re
+import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
+from urllib.request import urlopen
 
-import requests
+from packaging.requirements import Requirement
 
-from benchmarks.workload import STAGES_PER_REQUEST, WORKLOADS
+from benchmarks.situations import FRAMEWORKS, Situation
+from benchmarks.subjects import QUEUES, SUBJECTS, Subject
+from benchmarks.workload import STAGES_PER_REQUEST
 
-
-def measure(name: str, port: int, count: int) -> dict[str, float]:
-    """Run one workload once; return its figures in microseconds per stage."""
-    command = [sys.executable, "-m", "benchmarks.workload", name, str(port), str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    cost: dict[str, Any] = json.loads(done.stdout)
-    arrived = requests.get(f"http://127.0.0.1:{port}/count", timeout=120).json()
-    expected = (count + 100) * STAGES_PER_REQUEST
-    if arrived != expected:
-        raise SystemExit(f"{name}: {arrived} of {expected} stages arrived: this run does not count\n{done.stderr}")
-    took = sorted(nanoseconds / 1000 / STAGES_PER_REQUEST for nanoseconds in cost["request_ns"])
-    return {
-        "caller p50": took[len(took) // 2],
-        "caller p99": took[len(took) * 99 // 100],
-        "total CPU": cost["cpu_s"] * 1e6 / (count * STAGES_PER_REQUEST),
-    }
+#: A process that takes longer is ended, and has no figures, like one that fails.
+_TIMEOUT_S = 90.0
+Figures = dict[str, float]
 
 
-def main() -> None:
-    """Print a table of medians and spreads, and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--requests", type=int, default=4000, help="requests of five stages in each run")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-
-    with subprocess.Popen([sys.executable, "-m", "benchmarks.sink"], stdout=subprocess.PIPE, text=True) as sink:
+@contextlib.contextmanager
+def server(situation: Situation) -> Iterator[int]:
+    """Run the server that a situation wants; give its port."""
+    if situation.server == "refuses":
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # nobody listens on it: every connection is refused
+            yield taken.getsockname()[1]
+        return
+    latency_ms = -1 if situation.server == "stalls" else situation.latency_ms
+    command = [sys.executable, "-m", "benchmarks.sink", str(latency_ms)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sink:
         try:
             assert sink.stdout is not None
-            port = int(sink.stdout.readline())
-            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in WORKLOADS}
-            for _ in range(options.rounds):
-                for name in WORKLOADS:
-                    rounds[name].append(measure(name, port, options.requests))
+            yield int(sink.stdout.readline())
         finally:
             sink.terminate()
 
-    print(f"µs per stage: median of {options.rounds} rounds (lowest to highest), {options.requests} requests each")
-    measures = list(rounds["evalvault-sdk"][0])
-    medians: dict[str, dict[str, float]] = {}
-    for name, results in rounds.items():
-        medians[name] = {what: statistics.median(result[what] for result in results) for what in measures}
-        cells = []
-        for what in measures:
-            values = [result[what] for result in results]
-            cells.append(f"{what} {medians[name][what]:7.2f} ({min(values):.2f} to {max(values):.2f})")
-        print(f"  {name:18} " + "  ".join(cells))
-    ours, theirs = medians["evalvault-sdk"], medians["opentelemetry-sdk"]
-    ratios = "  ".join(f"{what} 1/{theirs[what] / ours[what]:.1f}" for what in measures)
-    print(f"  of OpenTelemetry's: {ratios}")
+
+def run(name: str, situation: Situation) -> Figures:
+    """Let one SDK do it once; return its figures."""
+    with server(situation) as port, tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.run", name, situation.name, str(port)]
+        environment = {**os.environ, **QUEUES, "EVALVAULT_SPOOL_DIR": folder}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return {}
+        ended_at = time.monotonic()
+        if done.returncode not in (0, -signal.SIGKILL) or not done.stdout:
+            print(f"{name}, {situation.name}: {done.stderr}", file=sys.stderr)
+            return {}
+        cost = json.loads(done.stdout.splitlines()[-1])
+        found = {"arrived": 0, "wire_bytes": 0}
+        if situation.server == "answers":
+            with urlopen(f"http://127.0.0.1:{port}/count", timeout=60) as answer:
+                found = json.loads(answer.read())
+    return figures(situation, cost, found, ended_at)
 
 
-if __name__ == "__main__":
-    main()
+def figures(situation: Situation, cost: dict[str, Any], found: dict[str, int], ended_at: float) -> Figures:
+    """Return what a process told, and the sink, as the measures of the table, and `arrived_part`."""
+    is_chain = situation.form in FRAMEWORKS
+    per_request = 1 if is_chain else STAGES_PER_REQUEST
+    recorded = cost["requests"] * per_request
+    # What the warm-up recorded was delivered before.
+    warm_up = cost["warm_up"] * per_request
+    arrived = recorded if is_chain else max(0, found["arrived"] - warm_up)
+    result = {
+        "caller_p50_us": cost["p50_us"] / per_request,
+        "caller_p99_us": cost["p99_us"] / per_request,
+        "slowest_ms": cost["slowest_us"] / 1000,
+        "cpu_us": cost["cpu_s"] * 1e6 / (arrived or recorded),
+        "peak_mib": cost["peak_bytes"] / (1 << 20),
+        "queued_bytes": cost["grown_bytes"] / recorded,
+        "exit_s": ended_at - cost["ended_at"],
+    }
+    if situation.server == "answers":
+        result["arrived_part"] = found["arrived"] / (recorded + warm_up) if is_chain else arrived / recorded
+        result["wire_bytes"] = found["wire_bytes"] / (arrived + warm_up)
+    if situation.end == "flush":
+        result["delivered_per_s"] = arrived / cost["elapsed_s"]
+    return result
+
+
+def start(subject: type[Subject]) -> Figures:
+    """Return how long the import takes in a fresh process, and how many packages an installation has."""
+    script = f"import time; a = time.perf_counter(); {subject.imports}; print(time.perf_counter() - a)"
+    took_s = []
+    for _ in range(2):  # the quickest of them: files are in memory, and nothing came between
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        took_s.append(float(done.stdout))
+    return {"import_ms": min(took_s) * 1000, "packages": len(_installation(subject.distributions))}
+
+
+def _installation(distributions: tuple[str, ...]) -> set[str]:
+    """Return the names of distributions and of all that they need."""
+    found: set[str] = set()
+    waiting = list(distributions)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        for line in metadata.requires(name) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return found
+
+
+def measure(situation: Situation, rounds: int) -> dict[str, list[Figures]]:
+    """Measure a situation, the SDKs in turns; return the figures of every round."""
+    results: dict[str, list[Figures]] = {name: [] for name in situation.subjects}
+    baseline: list[Figures] = []
+    for number in range(rounds):
+        names = situation.subjects if number % 2 == 0 else tuple(reversed(situation.subjects))
+        for name in names:
+            if situation.name == "start":
+                results[name].append(start(SUBJECTS[name]))
+            else:
+                results[name].append(run(name, situation))
+        if situation.name != "start":
+            baseline.append(run("nothing", situation))
+    for measured in ("caller_p50_us", "cpu_us"):  # the program's own work is not the SDK's
+        if baseline:
+            own = statistics.median(figures[measured] for figures in baseline)
+            for rows in results.values():
+                for row in rows:
+                    if measured in row:
+                        row[measured] -= own
+    return results

@@ -1,110 +1,58 @@
 """
-One RAG request, recorded with one SDK, many times; what it cost as one line of JSON.
+What is recorded: RAG requests of a root and four stages, the same ones for every SDK.
 
-In:   the SDK's name, the sink's port, the number of requests.
-Out:  nanoseconds of every request on the caller's side, CPU seconds of the whole process until all was
-      delivered, and the CPU seconds of the same loop with nothing recorded.
+In:   how many requests, and how many bytes of text each stage is to carry besides.
+Out:  the stages' attributes: Korean and English text, ten ids, ten scores. Every request has others, for bodies that
+      repeat themselves pack better than any that a program sends.
 
-A request is a root and four stages with realistic attributes: about 450 bytes a stage as JSON.
+As EvalVault's JSON a stage is about 450 bytes, of which ids, times and names are 350 (`tests/test_benchmarks.py`).
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable
+import random
+from typing import Any
 
-STAGES_PER_REQUEST = 5
-QUERY = "이 보험의 사망보험금은 얼마이고, 언제 지급되나요? What does the policy pay, and when?"
-DOC_IDS = [f"policy-2026-{number:04d}" for number in range(10)]
-SCORES = [0.91, 0.88, 0.83, 0.79, 0.71, 0.64, 0.55, 0.48, 0.41, 0.33]
+Attributes = dict[str, Any]
 
-Request = Callable[[], None]
-
-
-def with_us(port: int) -> tuple[Request, Callable[[], None]]:
-    """Return one request recorded with evalvault-sdk, and its shutdown."""
-    from evalvault_sdk import StageTracer
-
-    tracer = StageTracer("bench", f"http://127.0.0.1:{port}", max_queue_events=10**6, max_queue_bytes=1 << 30)
-
-    def request() -> None:
-        with tracer.stage("request") as root:
-            root.set(query=QUERY, user="u-1029", session="s-88121", channel="web")
-            with tracer.stage("query_rewrite") as stage:
-                stage.set(original=QUERY, rewritten=QUERY.lower(), language="ko", rewriter="glossary-1")
-            with tracer.stage("retrieval") as stage:
-                stage.set(doc_ids=DOC_IDS, scores=SCORES, top_k=10)
-            with tracer.stage("rerank") as stage:
-                stage.set(doc_ids=DOC_IDS[:5], scores=SCORES[:5], input_count=10, output_count=5)
-            with tracer.stage("output") as stage:
-                stage.set(answer=QUERY * 2, citations=DOC_IDS[:3], tokens_in=912, tokens_out=208, model="gpt-4")
-
-    def end() -> None:
-        stats = tracer.shutdown(120)
-        assert stats.complete, str(stats)
-
-    return request, end
+ROOT_TYPE = "request"
+#: Inside the root, one after the other.
+STAGE_TYPES = ("query_rewrite", "retrieval", "rerank", "output")
+STAGES_PER_REQUEST = 1 + len(STAGE_TYPES)
+_KOREAN = ("보험", "보장금액", "사망보험금", "청구", "서류", "지급", "기한", "해지", "환급금", "특약", "면책", "계약자")
+_ENGLISH = ("policy", "benefit", "claim", "paid", "within", "days", "insured", "rider", "premium", "value", "renewal")
+_TEXT_CHARACTERS = 200_000
 
 
-def with_opentelemetry(port: int) -> tuple[Request, Callable[[], None]]:
-    """Return one request recorded with the OpenTelemetry SDK (batches, OTLP over HTTP, gzip), and its shutdown."""
-    from opentelemetry.exporter.otlp.proto.http import Compression
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+def attributes_of(requests: int, text_bytes: int = 0) -> list[Attributes]:
+    """
+    Return the attributes of all stages of some requests, in order: root, query_rewrite, retrieval, rerank, output.
 
-    provider = TracerProvider()
-    exporter = OTLPSpanExporter(f"http://127.0.0.1:{port}/v1/traces", compression=Compression.Gzip)
-    provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=10**6))
-    tracer = provider.get_tracer("bench")
+    With `text_bytes` each stage has a list of passages besides, of 1 KB each.
+    """
+    some = random.Random(7)
 
-    def request() -> None:
-        with tracer.start_as_current_span("request") as root:
-            root.set_attributes({"query": QUERY, "user": "u-1029", "session": "s-88121", "channel": "web"})
-            with tracer.start_as_current_span("query_rewrite") as span:
-                span.set_attributes(
-                    {"original": QUERY, "rewritten": QUERY.lower(), "language": "ko", "rewriter": "glossary-1"}
-                )
-            with tracer.start_as_current_span("retrieval") as span:
-                span.set_attributes({"doc_ids": DOC_IDS, "scores": SCORES, "top_k": 10})
-            with tracer.start_as_current_span("rerank") as span:
-                span.set_attributes(
-                    {"doc_ids": DOC_IDS[:5], "scores": SCORES[:5], "input_count": 10, "output_count": 5}
-                )
-            with tracer.start_as_current_span("output") as span:
-                span.set_attributes(
-                    {
-                        "answer": QUERY * 2,
-                        "citations": DOC_IDS[:3],
-                        "tokens_in": 912,
-                        "tokens_out": 208,
-                        "model": "gpt-4",
-                    }
-                )
+    def text(words: tuple[str, ...], count: int) -> str:
+        return " ".join(some.choices(words, k=count))
 
-    return request, provider.shutdown
+    library = text(_KOREAN + _ENGLISH, _TEXT_CHARACTERS // 5) if text_bytes else ""
 
+    def passage() -> str:
+        start = some.randrange(len(library) - 1000)
+        return library[start : start + 1000].encode()[:1000].decode(errors="ignore")
 
-WORKLOADS = {"evalvault-sdk": with_us, "opentelemetry-sdk": with_opentelemetry}
-
-
-def main() -> None:
-    """Run one workload and print what it cost."""
-    name, port, requests = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    request, end = WORKLOADS[name](port)
-    for _ in range(100):
-        request()  # imports, caches, the first connection
-    cpu = time.process_time()
-    took: list[int] = []
+    made: list[Attributes] = []
     for _ in range(requests):
-        started = time.perf_counter_ns()
-        request()
-        took.append(time.perf_counter_ns() - started)
-    end()
-    print(json.dumps({"request_ns": took, "cpu_s": time.process_time() - cpu}))
-
-
-if __name__ == "__main__":
-    main()
+        doc_ids = [f"doc-{some.randrange(1000, 9999)}" for _ in range(10)]
+        scores = sorted((round(some.random(), 3) for _ in doc_ids), reverse=True)
+        made += (
+            {"query": text(_KOREAN, 3), "user": f"u-{some.randrange(9999)}"},
+            {"rewritten": text(_ENGLISH, 4), "language": "ko"},
+            {"doc_ids": doc_ids, "scores": scores, "top_k": 10},
+            {"doc_ids": doc_ids[:3], "scores": scores[:3], "input_count": 10, "output_count": 3},
+            {"answer": f"{text(_KOREAN, 2)} ({text(_ENGLISH, 2)})", "citations": doc_ids[:1], "tokens_out": 208},
+        )
+    if text_bytes:
+        for attributes in made:
+            attributes["passages"] = [passage() for _ in range(text_bytes // 1000)]
+    return made
