@@ -51,6 +51,7 @@ ONLY_IN = {
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
     "prometheus_client": {"integrations/prometheus.py", "server/telemetry.py"},
+    "llama_index": {"integrations/llama_index/__init__.py"},
     "psycopg": {"server/store/postgres.py"},
     "psycopg_pool": {"server/store/postgres.py"},
     "evalvault": {"server/store/evalvault.py", "server/mounting.py"},

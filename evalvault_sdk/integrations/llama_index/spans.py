@@ -1,0 +1,477 @@
+"""
+Make stages of LlamaIndex's spans.
+
+In:   the beginnings and ends of spans, and the events of model calls, as LlamaIndex's dispatcher tells them.
+Out:  stages. What is plumbing has none: what runs in it is below the next one up.
+In the threads and tasks of LlamaIndex. Never raises, never waits; keeps a bounded number of spans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from inspect import BoundArguments
+from typing import Any, TypeVar
+
+from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.context import here
+from evalvault_sdk.capture.observed import ObservedStages
+from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stages import Stages
+from evalvault_sdk.integrations.llama_index import reading
+from evalvault_sdk.integrations.llama_index.components import (
+    AGENT,
+    CHAT_ENGINE,
+    EMBEDDING,
+    FUNCTION,
+    MODEL,
+    RERANKER,
+    RETRIEVER,
+    SYNTHESIZER,
+    TOOL,
+    WORKFLOW,
+    Component,
+    component_of,
+    is_own_function,
+)
+from evalvault_sdk.integrations.llama_index.streams import Streams
+
+F = TypeVar("F", bound=Callable[..., None])
+
+#: So many spans are known at a time; the oldest is forgotten, and what begins in it later is a request of its own.
+_MAX_SPANS = 50_000
+#: The dispatcher makes a span's id of a name and a UUID.
+_ID_LENGTH = len("-00000000-0000-0000-0000-000000000000")
+#: What writes the stream of a chat down, from its beginning to its end.
+_CHAT_WRITERS = ("write_response_to_history", "awrite_response_to_history")
+
+
+class _Call:
+    """A model call."""
+
+    __slots__ = ("answer", "span", "stage", "told_by")
+
+    def __init__(self, stage: StageContext, span: _Span | None) -> None:
+        #: The stage that it is, or that it is a part of.
+        self.stage = stage
+        #: Its span, if it has a stage of its own.
+        self.span = span
+        #: The span that events are taken from: a call of one interface may be one of another inside.
+        self.told_by: str | None = None
+        self.answer: Any = None
+
+
+class _Span:
+    """What is known of a span: what it is, and what is around it. One without a stage is as the one around it."""
+
+    __slots__ = (
+        "answer",
+        "call",
+        "component",
+        "failures",
+        "id",
+        "instance",
+        "is_waiting",
+        "method",
+        "parent",
+        "request",
+        "sources",
+        "stage_id",
+        "task",
+        "template",
+    )
+
+    def __init__(self, id_: str, parent: _Span | None) -> None:
+        self.id = id_
+        self.method = id_[:-_ID_LENGTH].rpartition(".")[2]
+        self.parent = parent
+        #: The span whose stage is that of what begins here.
+        self.stage_id: str | None = None if parent is None else parent.stage_id
+        self.component: Component | None = None if parent is None else parent.component
+        self.instance: int | None = None if parent is None else parent.instance
+        self.call: _Call | None = None if parent is None else parent.call
+        #: The template of the prompt that a model call in it is made with.
+        self.template: Any = None if parent is None else parent.template
+        #: What the spans of one request have in common: whether its prompt was recorded.
+        self.request: dict[str, bool] = {} if parent is None else parent.request
+        #: Whether its stage ends with its stream.
+        self.is_waiting = False
+        #: The ids of the nodes that were found in it, or were given to it.
+        self.sources: list[str] | None = None
+        #: The last answer of a model in it.
+        self.answer: Any = None
+        #: Of a step of a workflow: its name, and the event it was given.
+        self.task: tuple[str, int] | None = None
+        #: Of the run of a workflow: how often a step failed with an event.
+        self.failures: dict[tuple[str, int], int] = {}
+
+    @property
+    def has_stage(self) -> bool:
+        """Whether it has a stage of its own."""
+        return self.stage_id == self.id
+
+    def is_inside(self, other: _Span) -> bool:
+        span: _Span | None = self
+        while span is not None and span is not other:
+            span = span.parent
+        return span is other
+
+
+def _harmless(method: F) -> F:
+    """Keep a method's errors from the host program: count them, and say of which kind they are."""
+
+    @functools.wraps(method)
+    def called(self: Spans, *arguments: Any) -> None:
+        try:
+            method(self, *arguments)
+        except Exception as error:  # noqa: BLE001 - objects of other versions, and of the program's own making
+            self._recorder.hook_failed("llama_index", error)
+
+    return called  # type: ignore[return-value]
+
+
+class Spans:
+    """The spans that LlamaIndex has open, and their stages. `active` returns the id of the one the code runs in."""
+
+    def __init__(self, stages: Stages, active: Callable[[], str | None]) -> None:
+        self._recorder = stages._recorder
+        self._active = active
+        self.observed = ObservedStages(stages, self._stage_here)
+        self._spans: dict[str, _Span] = {}
+        self._streams: Streams[_Span] = Streams(self._stream_ended)
+
+    def __len__(self) -> int:
+        """How many are known."""
+        return len(self._spans)
+
+    def attach(self) -> None:
+        """Let the program's own stages find those of LlamaIndex that they run in."""
+        self.observed.attach()
+
+    def detach(self) -> None:
+        """Undo `attach`, and end what is open as `cancelled`."""
+        self.observed.detach()
+        self.close("undone")
+
+    def close(self, why: str) -> None:
+        """End all that is open as `cancelled`."""
+        self._spans.clear()
+        self.observed.close(why)
+
+    def _stage_here(self) -> str | None:
+        span = self._spans.get(self._active() or "")
+        return None if span is None else span.stage_id
+
+    # -- what the dispatcher tells -------------------------------------------------------------------
+
+    @_harmless
+    def enter(
+        self, id_: str, bound: BoundArguments, instance: Any, parent_id: str | None, tags: Mapping[str, Any] | None
+    ) -> None:
+        """Begin a span: the call of a method of `instance`, or of a function if that is None."""
+        if not self._recorder.enabled:
+            return
+        component = component_of(instance)
+        span = _Span(id_, self._parent(parent_id, component))
+        self._keep(span)
+        arguments = bound.arguments
+        if component is MODEL:
+            if span.method in MODEL.methods:
+                self._begin_call(span, instance, arguments)
+            else:
+                span.template = arguments.get("prompt") or span.template
+        elif component is not None and span.method in component.methods:
+            if component is span.component and (component.is_one_call or span.instance == id(instance)):
+                return
+            span.component, span.instance = component, id(instance)
+            name = reading.tool_name(instance) if component is TOOL else type(instance).__name__
+            self._begin(span, component.stage_type, name, _given(component, instance, arguments), tags)
+            if component is CHAT_ENGINE and not (hasattr(instance, "_retriever") or hasattr(instance, "_query_engine")):
+                span.sources = []
+            elif component is SYNTHESIZER:
+                span.sources = reading.ids_of(arguments.get("additional_source_nodes") or arguments.get("nodes"))
+        else:
+            run = span.parent
+            is_step = run is not None and run.method == "run" and run.component in (WORKFLOW, AGENT)
+            if (component is None or is_step) and is_own_function(instance, id_[:-_ID_LENGTH], is_step):
+                self._begin_function(span, arguments, run if is_step else None)
+
+    @_harmless
+    def exit(self, id_: str, result: Any) -> None:
+        """End a span that returned."""
+        span = self._spans.get(id_)
+        if span is None:
+            return
+        if not span.has_stage:
+            # A call that tells of itself inside another one goes on telling as long as it streams.
+            if not (span.call is not None and span.call.told_by == id_ and self._streams.follow(result, span)):
+                self._leave(span, None)
+            return
+        span.is_waiting = True  # before the stream is looked at: another thread may be at its end already
+        if not self._streams.follow(result, span):
+            self._note_result(span, result)
+            self._end(span, None)
+
+    @_harmless
+    def drop(self, id_: str, error: BaseException | None) -> None:
+        """End a span that raised."""
+        span = self._spans.get(id_)
+        if span is not None:
+            (self._end if span.has_stage else self._leave)(span, error)
+
+    @_harmless
+    def tell(self, event: Any) -> None:
+        """Take note of an event."""
+        told = _EVENTS.get(type(event).__name__)
+        if told is not None and (span := self._spans.get(event.span_id)) is not None and span.call is not None:
+            told(self, span, span.call, event)
+
+    # -- what begins ---------------------------------------------------------------------------------
+
+    def _parent(self, parent_id: str | None, component: Component | None) -> _Span | None:
+        parent = self._spans.get(parent_id) if parent_id is not None else None
+        if component is MODEL:
+            # A stream may make its call when it is read, wherever that is.
+            reading_from = self._streams.reading()
+            if reading_from is not None and (parent is None or not parent.is_inside(reading_from)):
+                return reading_from
+        return parent
+
+    def _keep(self, span: _Span) -> None:
+        self._spans[span.id] = span
+        if len(self._spans) > _MAX_SPANS:
+            with contextlib.suppress(KeyError, RuntimeError):  # another thread was at it
+                del self._spans[next(iter(self._spans))]
+
+    def _begin(
+        self,
+        span: _Span,
+        stage_type: str,
+        stage_name: str,
+        attributes: dict[str, Any],
+        tags: Mapping[str, Any] | None = None,
+    ) -> StageContext | None:
+        above = span.stage_id
+        is_root = span.parent is None
+        stage = self.observed.begin(
+            span.id,
+            above,
+            stage_type,
+            stage_name=stage_name,
+            attributes=attributes,
+            metadata={"tags": dict(tags)} if tags and is_root else None,
+        )
+        span.stage_id = span.id
+        span.call = span.template = None
+        query = attributes.get("query")
+        if is_root and query is not None and span.component is not None and span.component.takes_requests:
+            self._note(span, "input", {"query": query})
+        return stage
+
+    def _begin_function(self, span: _Span, arguments: Mapping[str, Any], run: _Span | None) -> None:
+        """Begin the stage of a function of the program's own, or of a step, which may be tried again."""
+        span.component = FUNCTION
+        stage = self._begin(span, FUNCTION.stage_type, span.method, {})
+        if stage is not None and run is not None:
+            span.task = span.method, id(arguments.get("ev"))
+            stage.attempt = 1 + run.failures.get(span.task, 0)
+
+    def _begin_call(self, span: _Span, model: Any, arguments: Mapping[str, Any]) -> None:
+        around = span.component
+        if around is MODEL:
+            return
+        if around is not None and around.absorbs_calls:
+            stage = None if span.stage_id is None else self.observed.get(span.stage_id)
+            span.component, span.call = MODEL, None
+            if stage is not None:
+                span.call = _Call(stage, None)
+                stage.set(**reading.named_model(model))
+            return
+        above = span.parent if span.stage_id is not None else None
+        is_whole_request = above is None and ((scope := here()) is None or scope.stage_id is None)
+        stage_type = _type_of_call(span)
+        attributes = reading.named_model(model)
+        prompt = None
+        if stage_type == MODEL.stage_type:
+            prompt = self._prompt(span, model, arguments)
+            if sources := _sources(span):
+                attributes["citations"] = sources
+        elif span.stage_id is not None and (asking := self.observed.get(span.stage_id)) is not None:
+            attributes["query"] = asking.attributes.get("query")
+        if prompt is not None and above is not None:
+            self._note(above, "system_prompt", {"prompt": prompt})
+        span.component = MODEL
+        stage = self._begin(span, stage_type, type(model).__name__, attributes)
+        if stage is None:
+            return
+        if prompt is not None and above is None:
+            self._note(span, "system_prompt", {"prompt": prompt})
+        if is_whole_request and (question := reading.asked(arguments)) is not None:
+            self._note(span, "input", {"query": question})
+        span.call = _Call(stage, span)
+
+    def _prompt(self, span: _Span, model: Any, arguments: Mapping[str, Any]) -> str | None:
+        """Return the prompt of a request, the first time."""
+        if "prompt" in span.request:
+            return None
+        prompt = reading.prompt_of(arguments.get("messages"))
+        if prompt is None and span.template is not None:
+            prompt = reading.template_of(span.template, model)
+        if prompt is not None:
+            span.request["prompt"] = True
+        return prompt
+
+    def _note(self, above: _Span, stage_type: str, attributes: dict[str, Any]) -> None:
+        """Record a stage that takes no time."""
+        key = (above.id, stage_type)
+        self.observed.begin(key, above.stage_id, stage_type, attributes=attributes)
+        self.observed.end(key)
+
+    # -- what model calls tell -----------------------------------------------------------------------
+
+    def _call_begun(self, span: _Span, call: _Call, event: Any) -> None:
+        if call.told_by is None:
+            call.told_by = span.id
+            call.stage.set(**reading.call_begun(event))
+
+    def _call_gave(self, span: _Span, call: _Call, event: Any) -> None:
+        stage = call.stage
+        if call.told_by == span.id and call.span is not None and "time_to_first_token_ms" not in stage.attributes:
+            waited_ns = clock.perf_counter_ns() - stage._started_perf_ns
+            stage.set(time_to_first_token_ms=waited_ns / 1_000_000)
+
+    def _call_ended(self, span: _Span, call: _Call, event: Any) -> None:
+        if call.told_by != span.id:
+            return
+        call.answer, attributes = reading.call_ended(event)
+        stage = call.stage
+        if call.span is None:  # one of several, perhaps
+            for name in ("tokens_in", "tokens_out"):
+                if name in attributes:
+                    attributes[name] += stage.attributes.get(name, 0)
+        elif call.answer is not None:
+            attributes["answer" if stage.stage_type == MODEL.stage_type else "rewritten"] = call.answer
+        stage.set(**attributes)
+        if call.span is not None and call.span.is_waiting:
+            self._end(call.span, None)
+
+    def _call_failed(self, span: _Span, call: _Call, event: Any) -> None:
+        if call.told_by == span.id and call.span is not None and call.span.is_waiting:
+            self._end(call.span, event.exception)
+
+    # -- what ends -----------------------------------------------------------------------------------
+
+    @_harmless
+    def _stream_ended(self, span: _Span, error: BaseException | None) -> None:
+        if not span.has_stage:
+            self._spans.pop(span.id, None)
+        elif span.is_waiting:
+            if isinstance(error, GeneratorExit) and (span.answer is not None or _is_silent(span.call)):
+                error = None  # it was collected, but after it gave the whole answer; or nobody can say
+            self._end(span, error)
+
+    def _leave(self, span: _Span, error: BaseException | None) -> None:
+        """Forget a span without a stage. With the one that writes a chat's stream down, the chat ends."""
+        self._spans.pop(span.id, None)
+        if span.method in _CHAT_WRITERS:
+            above = span.parent
+            while above is not None and not above.has_stage:
+                above = above.parent
+            if above is not None and above.is_waiting:
+                self._end(above, error)
+
+    def _end(self, span: _Span, error: BaseException | None) -> None:
+        """Record the stage of a span."""
+        self._spans.pop(span.id, None)
+        span.is_waiting = False
+        stage = self.observed.get(span.id)
+        if stage is None:
+            return
+        call, above = span.call, span.parent
+        if call is not None:
+            while above is not None and stage.stage_type == MODEL.stage_type:
+                above.answer, above = call.answer, above.parent
+        elif span.answer is not None and span.component is not None and span.component.takes_requests:
+            stage.attributes.setdefault("answer", span.answer)
+        if error is not None and span.task is not None and above is not None:
+            above.failures[span.task] = above.failures.get(span.task, 0) + 1
+        self.observed.end(span.id, error)
+
+    def _note_result(self, span: _Span, result: Any) -> None:
+        """Add to a stage what came out of it."""
+        stage = self.observed.get(span.id)
+        component = span.component
+        if stage is None or component is None:
+            return
+        if component is RETRIEVER or component is RERANKER:
+            stage.set(**reading.found(result))
+            if component is RERANKER:
+                stage.set(output_count=reading.count_of(result))
+            sources, above = reading.ids_of(result), span.parent
+            while above is not None:
+                above.sources, above = sources, above.parent
+        elif component is TOOL:
+            answer = reading.answer_of(result)
+            stage.set(result=answer)
+            if getattr(result, "is_error", False):
+                stage.fail(str(answer), kind="ToolError")
+        elif stage.stage_type == "query_rewrite" and component is not MODEL:
+            stage.set(rewritten=reading.rewritten(result))
+        elif component.takes_requests:
+            answer = reading.answer_of(result)
+            if answer is not None and answer != "":  # a chat may have streamed already, and not have put it together
+                stage.set(answer=answer)
+
+
+_EVENTS: dict[str, Callable[[Spans, _Span, _Call, Any], None]] = {
+    "LLMChatStartEvent": Spans._call_begun,
+    "LLMCompletionStartEvent": Spans._call_begun,
+    "LLMChatInProgressEvent": Spans._call_gave,
+    "LLMCompletionInProgressEvent": Spans._call_gave,
+    "LLMChatEndEvent": Spans._call_ended,
+    "LLMCompletionEndEvent": Spans._call_ended,
+    "ExceptionEvent": Spans._call_failed,
+}
+
+
+def _given(component: Component, instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of what a component was given."""
+    if component is EMBEDDING:
+        texts = arguments.get("texts")
+        return {**reading.named_model(instance), "text_count": 1 if texts is None else reading.count_of(texts)}
+    if component is TOOL:
+        return {"tool_name": reading.tool_name(instance), "arguments": reading.tool_arguments(arguments)}
+    query = reading.query_of(arguments)
+    attributes: dict[str, Any] = {} if query is None else {"query": query}
+    if component is RETRIEVER:
+        attributes.update(reading.retriever(instance))
+    elif component is RERANKER:
+        attributes.update(reading.named_model(instance), input_count=reading.count_of(arguments.get("nodes")))
+    return attributes
+
+
+def _is_silent(call: _Call | None) -> bool:
+    """Whether this is a call of a model that tells nothing of itself."""
+    return call is not None and call.told_by is None
+
+
+def _type_of_call(span: _Span) -> str:
+    """Return whether a model call makes a query or an answer: a chat that has found nothing yet makes a query."""
+    around = span.parent
+    while around is not None and not around.has_stage:
+        around = around.parent
+    makes_query = span.component is RETRIEVER or (
+        around is not None and around.component is CHAT_ENGINE and around.sources is None
+    )
+    return "query_rewrite" if makes_query else MODEL.stage_type
+
+
+def _sources(span: _Span) -> list[str] | None:
+    """Return the ids of the nodes that the innermost component with any was given, or found."""
+    around: _Span | None = span
+    while around is not None:
+        if around.sources is not None:
+            return around.sources
+        around = around.parent
+    return None
