@@ -24,6 +24,7 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, Condense
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.dispatcher import instrument_tags  # type: ignore[attr-defined]
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.memory import ChatMemoryBuffer
@@ -356,9 +357,7 @@ def test_a_streaming_chat_lasts_until_its_answer_and_its_second_question_is_cond
         else:
             answers = []
             for question in ("얼마?", "왜?"):
-                response = engine.stream_chat(question)
-                answers.append(read(response))
-                join_writer(response)
+                answers.append(read(engine.stream_chat(question)))
     assert answers == ["The sum is 1억원"] * 2
     assert recorded.outline() == (
         f"chain\n  input\n  retrieval\n    embedding\n{ANSWERED}\n"
@@ -376,16 +375,6 @@ def test_a_streaming_chat_lasts_until_its_answer_and_its_second_question_is_cond
     assert (rewrite.attributes["query"], rewrite.attributes["rewritten"]) == ("왜?", "The sum is 1억원")
 
 
-def join_writer(response: Any) -> None:
-    """Wait for the thread that writes the answer into the chat's history."""
-    for thread in threading.enumerate():
-        if "write_response_to_history" in repr(getattr(thread, "_args", "")) or type(thread).__module__.startswith(
-            "llama_index"
-        ):
-            thread.join(10)
-    assert response.is_done
-
-
 def test_a_chat_over_a_query_engine_streams_through_both(
     index: VectorStoreIndex, instrumented: LlamaIndexInstrumentation, recorded: RecordedStages
 ) -> None:
@@ -394,7 +383,6 @@ def test_a_chat_over_a_query_engine_streams_through_both(
     )
     response = engine.stream_chat("얼마?")
     assert read(response) == "The sum is 1억원"
-    join_writer(response)
     nested = "\n".join(f"  {line}" for line in QUERIED.replace("  input\n", "").splitlines())
     assert recorded.outline() == f"chain\n  input\n{nested}"
     assert recorded.roots[0].attributes["answer"] == "The sum is 1억원"
@@ -571,6 +559,14 @@ def test_stages_of_the_program_are_around_and_inside(
     assert len({event.trace_id for event in recorded.events}) == 1
 
 
+def test_tags_are_metadata_of_the_stages_inside(
+    index: VectorStoreIndex, instrumented: LlamaIndexInstrumentation, recorded: RecordedStages
+) -> None:
+    with instrument_tags({"session_id": "s-1"}):
+        query_engine(index, Model()).query("얼마?")
+    assert [event.metadata for event in recorded.events] == [{"session_id": "s-1"}] * 8
+
+
 def test_concurrent_requests_keep_their_own(
     tracer: StageTracer, instrumented: LlamaIndexInstrumentation, recorded: RecordedStages
 ) -> None:
@@ -732,4 +728,4 @@ def test_tokens_and_finish_reason_are_read_from_each_providers_answer(response: 
 
 def test_the_settings_of_a_call_win_over_those_of_its_model() -> None:
     event = SimpleNamespace(model_dict={"model": "gpt-4", "temperature": 0.1}, additional_kwargs={"temperature": 0.7})
-    assert reading.call_begun(event) == {"model": "gpt-4", "temperature": 0.7}
+    assert reading.call_begun(event, None) == {"model": "gpt-4", "temperature": 0.7}

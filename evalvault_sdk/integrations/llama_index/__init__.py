@@ -25,7 +25,8 @@ In the threads and tasks of LlamaIndex. Nothing here raises into them, waits, or
 | embedding | `embedding` | `model`, `text_count` |
 
 What streams lasts until its stream was read, or given up; its model call has `time_to_first_token_ms`.
-`citations` are the ids of the nodes that the answer was made from.
+`citations` are the ids of the nodes that the answer was made from, unless the model says which it cites. LlamaIndex's
+`instrument_tags` are metadata of the stages inside: `with instrument_tags({"session_id": "s-1"}):`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from evalvault_sdk.errors import MissingDependencyError
 from evalvault_sdk.integrations.llama_index.spans import Spans
 
 try:
-    from llama_index.core.bridge.pydantic import PrivateAttr
     from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.event_handlers import BaseEventHandler
     from llama_index.core.instrumentation.events import BaseEvent
@@ -58,8 +58,10 @@ class LlamaIndexInstrumentation:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self._spans = Spans(stages, active_span_id.get)
-        self._span_handler = _SpanHandler(self)
-        self._event_handler = _EventHandler(self._spans)
+        self._span_handler = _SpanHandler()
+        self._span_handler.owner, self._span_handler.spans = self, self._spans
+        self._event_handler = _EventHandler()
+        self._event_handler.spans = self._spans
         self._spans.attach()
         root = get_dispatcher()
         root.add_span_handler(self._span_handler)
@@ -91,19 +93,18 @@ def instrument_llama_index(tracer: Stages | None = None) -> LlamaIndexInstrument
     """
     stages = default if tracer is None else tracer
     for handler in get_dispatcher().span_handlers:
-        if isinstance(handler, _SpanHandler) and handler._owner._stages is stages:
-            return handler._owner
+        if isinstance(handler, _SpanHandler) and handler.owner._stages is stages:
+            owner: LlamaIndexInstrumentation = handler.owner
+            return owner
     return LlamaIndexInstrumentation(stages)
 
 
 class _SpanHandler(BaseSpanHandler[Any]):
     """Passes on what the dispatcher tells. LlamaIndex's own bookkeeping of spans is not wanted."""
 
-    _owner: LlamaIndexInstrumentation = PrivateAttr()
-
-    def __init__(self, owner: LlamaIndexInstrumentation) -> None:
-        super().__init__()
-        self._owner = owner
+    # Fields, not private attributes: those are slow to get at.
+    owner: Any = None
+    spans: Any = None
 
     @classmethod
     def class_name(cls) -> str:
@@ -118,7 +119,7 @@ class _SpanHandler(BaseSpanHandler[Any]):
         tags: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        self._owner._spans.enter(id_, bound_args, instance, parent_id, tags)
+        self.spans.enter(id_, bound_args, instance, parent_id, tags)
 
     def span_exit(
         self,
@@ -128,7 +129,7 @@ class _SpanHandler(BaseSpanHandler[Any]):
         result: Any | None = None,
         **_: Any,
     ) -> None:
-        self._owner._spans.exit(id_, result)
+        self.spans.exit(id_, result)
 
     def span_drop(
         self,
@@ -138,10 +139,10 @@ class _SpanHandler(BaseSpanHandler[Any]):
         err: BaseException | None = None,
         **_: Any,
     ) -> None:
-        self._owner._spans.drop(id_, err)
+        self.spans.drop(id_, err)
 
     def close(self) -> None:
-        self._owner._spans.close("shutdown")
+        self.spans.close("shutdown")
 
     def new_span(self, *_: Any, **__: Any) -> None:
         return None
@@ -156,15 +157,11 @@ class _SpanHandler(BaseSpanHandler[Any]):
 class _EventHandler(BaseEventHandler):
     """Passes on the events of model calls."""
 
-    _spans: Spans = PrivateAttr()
-
-    def __init__(self, spans: Spans) -> None:
-        super().__init__()
-        self._spans = spans
+    spans: Any = None
 
     @classmethod
     def class_name(cls) -> str:
         return "EvalVaultEventHandler"
 
     def handle(self, event: BaseEvent, **_: Any) -> None:
-        self._spans.tell(event)
+        self.spans.tell(event)

@@ -57,14 +57,14 @@ def retriever(instance: Any) -> dict[str, Any]:
 
 def named_model(instance: Any) -> dict[str, Any]:
     """Return the name of the model that a component has, or is."""
-    places = (instance, _get(instance, "metadata"))
-    model = _first(held for place in places for name in _MODELS if isinstance(held := _get(place, name), str))
+    fields = getattr(instance, "__dict__", {})
+    model = _first(held for name in _MODELS if isinstance(held := fields.get(name), str))
     return {} if model is None else {"model": model}
 
 
 def found(nodes: Any) -> dict[str, Any]:
     """Return `doc_ids`, and `scores` if any node has one, of a list of nodes."""
-    if not isinstance(nodes, Sequence):
+    if not isinstance(nodes, (list, tuple)):
         return {}
     first = nodes[:_MAX_NODES]
     attributes: dict[str, Any] = {"doc_ids": [_id_of(node) for node in first]}
@@ -78,7 +78,7 @@ def found(nodes: Any) -> dict[str, Any]:
 
 def ids_of(nodes: Any) -> list[str]:
     """Return the ids of nodes, each once."""
-    if not isinstance(nodes, Sequence):
+    if not isinstance(nodes, (list, tuple)):
         return []
     return list(dict.fromkeys(map(_id_of, nodes[:_MAX_NODES])))
 
@@ -89,7 +89,7 @@ def _id_of(node: Any) -> Any:
 
 def count_of(values: Any) -> int | None:
     """Return the length of a list."""
-    return len(values) if isinstance(values, Sequence) else None
+    return len(values) if isinstance(values, (list, tuple)) else None
 
 
 def prompt_of(messages: Any) -> str | None:
@@ -153,16 +153,19 @@ def rewritten(result: Any) -> Any:
     return embedded if isinstance(embedded, list) and embedded else _question(result)
 
 
-def call_begun(event: Any) -> dict[str, Any]:
-    """Return model and temperature of the event that begins a model call."""
-    settings = _get(event, "model_dict")
-    attributes = named_model(settings) if isinstance(settings, Mapping) else {}
-    for given in (_get(event, "additional_kwargs"), settings):
-        temperature = _get(given, "temperature")
-        if isinstance(temperature, (int, float)):
-            attributes["temperature"] = temperature
-            break
-    return attributes
+def call_begun(event: Any, model: Any) -> dict[str, Any]:
+    """Return model and temperature of the event that begins a call of `model`."""
+    settings = _get(event, "model_dict") or {}
+    places = (settings, _get(model, "metadata")) if not any(settings.get(name) for name in _MODELS) else (settings,)
+    attributes = {
+        "model": _first(held for place in places for name in _MODELS if isinstance(held := _get(place, name), str)),
+        "temperature": _first(
+            held
+            for place in (_get(event, "additional_kwargs"), settings)
+            if isinstance(held := _get(place, "temperature"), (int, float))
+        ),
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def call_ended(event: Any) -> tuple[Any, dict[str, Any]]:
@@ -184,6 +187,7 @@ def call_ended(event: Any) -> tuple[Any, dict[str, Any]]:
             for name in _FINISH_REASONS
             if (word := _word(_get(place, name)))
         ),
+        "citations": _first(held for place in (more, said) if isinstance(held := _get(place, "citations"), list)),
         "tool_calls": _tools(said),
     }
     return answer, {name: value for name, value in attributes.items() if value is not None}
@@ -213,7 +217,7 @@ def _first(values: Iterable[T]) -> T | None:
 
 
 def _get(thing: Any, name: str) -> Any:
-    if isinstance(thing, Mapping):
+    if isinstance(thing, dict):
         return thing.get(name)
     try:
         return getattr(thing, name, None)

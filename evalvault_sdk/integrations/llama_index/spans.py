@@ -43,6 +43,8 @@ F = TypeVar("F", bound=Callable[..., None])
 _MAX_SPANS = 50_000
 #: The dispatcher makes a span's id of a name and a UUID.
 _ID_LENGTH = len("-00000000-0000-0000-0000-000000000000")
+#: Workflows tag their spans with what they were given; the other tags are the program's, of `instrument_tags`.
+_OWN_TAGS = "llamaindex."
 #: What writes the stream of a chat down, from its beginning to its end.
 _CHAT_WRITERS = ("write_response_to_history", "awrite_response_to_history")
 
@@ -50,9 +52,10 @@ _CHAT_WRITERS = ("write_response_to_history", "awrite_response_to_history")
 class _Call:
     """A model call."""
 
-    __slots__ = ("answer", "span", "stage", "told_by")
+    __slots__ = ("answer", "model", "span", "stage", "told_by")
 
-    def __init__(self, stage: StageContext, span: _Span | None) -> None:
+    def __init__(self, model: Any, stage: StageContext, span: _Span | None) -> None:
+        self.model = model
         #: The stage that it is, or that it is a part of.
         self.stage = stage
         #: Its span, if it has a stage of its own.
@@ -78,6 +81,7 @@ class _Span:
         "request",
         "sources",
         "stage_id",
+        "tags",
         "task",
         "template",
     )
@@ -95,6 +99,8 @@ class _Span:
         self.template: Any = None if parent is None else parent.template
         #: What the spans of one request have in common: whether its prompt was recorded.
         self.request: dict[str, bool] = {} if parent is None else parent.request
+        #: What the program says of it and of all that runs in it: metadata.
+        self.tags: dict[str, Any] | None = None
         #: Whether its stage ends with its stream.
         self.is_waiting = False
         #: The ids of the nodes that were found in it, or were given to it.
@@ -103,8 +109,8 @@ class _Span:
         self.answer: Any = None
         #: Of a step of a workflow: its name, and the event it was given.
         self.task: tuple[str, int] | None = None
-        #: Of the run of a workflow: how often a step failed with an event.
-        self.failures: dict[tuple[str, int], int] = {}
+        #: Of the run of a workflow: how often each step failed that did not succeed since, and with what.
+        self.failures: dict[tuple[str, int], tuple[int, BaseException]] = {}
 
     @property
     def has_stage(self) -> bool:
@@ -174,6 +180,8 @@ class Spans:
             return
         component = component_of(instance)
         span = _Span(id_, self._parent(parent_id, component))
+        if tags:
+            span.tags = {name: tag for name, tag in tags.items() if not name.startswith(_OWN_TAGS)}
         self._keep(span)
         arguments = bound.arguments
         if component is MODEL:
@@ -186,7 +194,7 @@ class Spans:
                 return
             span.component, span.instance = component, id(instance)
             name = reading.tool_name(instance) if component is TOOL else type(instance).__name__
-            self._begin(span, component.stage_type, name, _given(component, instance, arguments), tags)
+            self._begin(span, component.stage_type, name, _given(component, instance, arguments))
             if component is CHAT_ENGINE and not (hasattr(instance, "_retriever") or hasattr(instance, "_query_engine")):
                 span.sources = []
             elif component is SYNTHESIZER:
@@ -211,7 +219,9 @@ class Spans:
         span.is_waiting = True  # before the stream is looked at: another thread may be at its end already
         if not self._streams.follow(result, span):
             self._note_result(span, result)
-            self._end(span, None)
+            # Of a run that failed some versions tell only that it has no result.
+            failures = span.failures.values() if result is None else ()
+            self._end(span, next((error for _, error in failures), None))
 
     @_harmless
     def drop(self, id_: str, error: BaseException | None) -> None:
@@ -223,9 +233,16 @@ class Spans:
     @_harmless
     def tell(self, event: Any) -> None:
         """Take note of an event."""
-        told = _EVENTS.get(type(event).__name__)
-        if told is not None and (span := self._spans.get(event.span_id)) is not None and span.call is not None:
-            told(self, span, span.call, event)
+        name = type(event).__name__
+        if name not in _CALL_EVENTS and name not in _CHAT_EVENTS:
+            return
+        span = self._spans.get(event.span_id)
+        if span is None:
+            return
+        if name in _CHAT_EVENTS:
+            self._end_chat(span, getattr(event, "exception", None))
+        elif span.call is not None:
+            _CALL_EVENTS[name](self, span, span.call, event)
 
     # -- what begins ---------------------------------------------------------------------------------
 
@@ -244,28 +261,14 @@ class Spans:
             with contextlib.suppress(KeyError, RuntimeError):  # another thread was at it
                 del self._spans[next(iter(self._spans))]
 
-    def _begin(
-        self,
-        span: _Span,
-        stage_type: str,
-        stage_name: str,
-        attributes: dict[str, Any],
-        tags: Mapping[str, Any] | None = None,
-    ) -> StageContext | None:
-        above = span.stage_id
-        is_root = span.parent is None
+    def _begin(self, span: _Span, stage_type: str, stage_name: str, attributes: dict[str, Any]) -> StageContext | None:
         stage = self.observed.begin(
-            span.id,
-            above,
-            stage_type,
-            stage_name=stage_name,
-            attributes=attributes,
-            metadata={"tags": dict(tags)} if tags and is_root else None,
+            span.id, span.stage_id, stage_type, stage_name=stage_name, attributes=attributes, metadata=span.tags
         )
         span.stage_id = span.id
         span.call = span.template = None
         query = attributes.get("query")
-        if is_root and query is not None and span.component is not None and span.component.takes_requests:
+        if span.parent is None and query is not None and span.component is not None and span.component.takes_requests:
             self._note(span, "input", {"query": query})
         return stage
 
@@ -275,7 +278,7 @@ class Spans:
         stage = self._begin(span, FUNCTION.stage_type, span.method, {})
         if stage is not None and run is not None:
             span.task = span.method, id(arguments.get("ev"))
-            stage.attempt = 1 + run.failures.get(span.task, 0)
+            stage.attempt = 1 + run.failures[span.task][0] if span.task in run.failures else 1
 
     def _begin_call(self, span: _Span, model: Any, arguments: Mapping[str, Any]) -> None:
         around = span.component
@@ -285,13 +288,12 @@ class Spans:
             stage = None if span.stage_id is None else self.observed.get(span.stage_id)
             span.component, span.call = MODEL, None
             if stage is not None:
-                span.call = _Call(stage, None)
-                stage.set(**reading.named_model(model))
+                span.call = _Call(model, stage, None)
             return
         above = span.parent if span.stage_id is not None else None
         is_whole_request = above is None and ((scope := here()) is None or scope.stage_id is None)
         stage_type = _type_of_call(span)
-        attributes = reading.named_model(model)
+        attributes: dict[str, Any] = {}
         prompt = None
         if stage_type == MODEL.stage_type:
             prompt = self._prompt(span, model, arguments)
@@ -309,7 +311,7 @@ class Spans:
             self._note(span, "system_prompt", {"prompt": prompt})
         if is_whole_request and (question := reading.asked(arguments)) is not None:
             self._note(span, "input", {"query": question})
-        span.call = _Call(stage, span)
+        span.call = _Call(model, stage, span)
 
     def _prompt(self, span: _Span, model: Any, arguments: Mapping[str, Any]) -> str | None:
         """Return the prompt of a request, the first time."""
@@ -325,7 +327,7 @@ class Spans:
     def _note(self, above: _Span, stage_type: str, attributes: dict[str, Any]) -> None:
         """Record a stage that takes no time."""
         key = (above.id, stage_type)
-        self.observed.begin(key, above.stage_id, stage_type, attributes=attributes)
+        self.observed.begin(key, above.stage_id, stage_type, attributes=attributes, metadata=above.tags)
         self.observed.end(key)
 
     # -- what model calls tell -----------------------------------------------------------------------
@@ -333,7 +335,7 @@ class Spans:
     def _call_begun(self, span: _Span, call: _Call, event: Any) -> None:
         if call.told_by is None:
             call.told_by = span.id
-            call.stage.set(**reading.call_begun(event))
+            call.stage.set(**reading.call_begun(event, call.model))
 
     def _call_gave(self, span: _Span, call: _Call, event: Any) -> None:
         stage = call.stage
@@ -372,14 +374,18 @@ class Spans:
             self._end(span, error)
 
     def _leave(self, span: _Span, error: BaseException | None) -> None:
-        """Forget a span without a stage. With the one that writes a chat's stream down, the chat ends."""
+        """Forget a span without a stage."""
         self._spans.pop(span.id, None)
         if span.method in _CHAT_WRITERS:
-            above = span.parent
-            while above is not None and not above.has_stage:
-                above = above.parent
-            if above is not None and above.is_waiting:
-                self._end(above, error)
+            self._end_chat(span, error)
+
+    def _end_chat(self, writer: _Span, error: BaseException | None) -> None:
+        """End the chat whose stream was written down."""
+        above = writer.parent
+        while above is not None and not above.has_stage:
+            above = above.parent
+        if above is not None and above.is_waiting:
+            self._end(above, error)
 
     def _end(self, span: _Span, error: BaseException | None) -> None:
         """Record the stage of a span."""
@@ -394,8 +400,11 @@ class Spans:
                 above.answer, above = call.answer, above.parent
         elif span.answer is not None and span.component is not None and span.component.takes_requests:
             stage.attributes.setdefault("answer", span.answer)
-        if error is not None and span.task is not None and above is not None:
-            above.failures[span.task] = above.failures.get(span.task, 0) + 1
+        if span.task is not None and span.parent is not None:
+            failures = span.parent.failures
+            count, _ = failures.pop(span.task, (0, None))
+            if error is not None:
+                failures[span.task] = count + 1, error
         self.observed.end(span.id, error)
 
     def _note_result(self, span: _Span, result: Any) -> None:
@@ -424,7 +433,9 @@ class Spans:
                 stage.set(answer=answer)
 
 
-_EVENTS: dict[str, Callable[[Spans, _Span, _Call, Any], None]] = {
+#: Told before the reader of a chat gets its end: whoever has read it finds it recorded.
+_CHAT_EVENTS = ("StreamChatEndEvent", "StreamChatErrorEvent")
+_CALL_EVENTS: dict[str, Callable[[Spans, _Span, _Call, Any], None]] = {
     "LLMChatStartEvent": Spans._call_begun,
     "LLMCompletionStartEvent": Spans._call_begun,
     "LLMChatInProgressEvent": Spans._call_gave,

@@ -53,11 +53,15 @@ class Streams(Generic[T]):
 
     def follow(self, result: Any, owner: T) -> bool:
         """Return whether `result` is a stream, or a response that holds one, that is not at its end."""
-        fields = {} if isinstance(result, (GeneratorType, AsyncGeneratorType)) else getattr(result, "__dict__", {})
-        response = fields.get(_QUERY)
-        stream = next((held for name in _CHAT if (held := fields.get(name)) is not None), response or result)
-        if not isinstance(stream, (GeneratorType, AsyncGeneratorType)):
-            return False
+        stream, response = result, None
+        if not isinstance(result, (GeneratorType, AsyncGeneratorType)):
+            fields = getattr(result, "__dict__", None)
+            if not fields:
+                return False
+            response = fields.get(_QUERY)
+            stream = next((held for name in _CHAT if (held := fields.get(name)) is not None), response)
+            if not isinstance(stream, (GeneratorType, AsyncGeneratorType)):
+                return False
         followed = self._known(_frame_of(stream))
         if followed is not None:
             followed.owners.append(owner)
