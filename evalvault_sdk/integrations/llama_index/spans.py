@@ -234,15 +234,16 @@ class Spans:
     def tell(self, event: Any) -> None:
         """Take note of an event."""
         name = type(event).__name__
-        if name not in _CALL_EVENTS and name not in _CHAT_EVENTS:
+        if name not in _EVENTS or (span := self._spans.get(event.span_id)) is None:
             return
-        span = self._spans.get(event.span_id)
-        if span is None:
-            return
-        if name in _CHAT_EVENTS:
+        if name in _CALL_EVENTS:
+            if span.call is not None:
+                _CALL_EVENTS[name](self, span, span.call, event)
+        elif name == _CANCELLED:
+            if span.has_stage and (stage := self.observed.get(span.id)) is not None:
+                _cancel(stage, event.reason)
+        else:
             self._end_chat(span, getattr(event, "exception", None))
-        elif span.call is not None:
-            _CALL_EVENTS[name](self, span, span.call, event)
 
     # -- what begins ---------------------------------------------------------------------------------
 
@@ -369,7 +370,7 @@ class Spans:
         if not span.has_stage:
             self._spans.pop(span.id, None)
         elif span.is_waiting:
-            if isinstance(error, GeneratorExit) and (span.answer is not None or _is_silent(span.call)):
+            if isinstance(error, GeneratorExit) and (span.answer is not None or not _tells_its_end(span)):
                 error = None  # it was collected, but after it gave the whole answer; or nobody can say
             self._end(span, error)
 
@@ -405,6 +406,9 @@ class Spans:
             count, _ = failures.pop(span.task, (0, None))
             if error is not None:
                 failures[span.task] = count + 1, error
+        if type(error).__name__ == _CANCELLATION:
+            _cancel(stage, _CANCELLATION)
+            error = None
         self.observed.end(span.id, error)
 
     def _note_result(self, span: _Span, result: Any) -> None:
@@ -435,6 +439,9 @@ class Spans:
 
 #: Told before the reader of a chat gets its end: whoever has read it finds it recorded.
 _CHAT_EVENTS = ("StreamChatEndEvent", "StreamChatErrorEvent")
+#: Told by newer workflows, whose spans then end as if all were well; and what those of older ones end with.
+_CANCELLED = "SpanCancelledEvent"
+_CANCELLATION = "WorkflowCancelledByUser"
 _CALL_EVENTS: dict[str, Callable[[Spans, _Span, _Call, Any], None]] = {
     "LLMChatStartEvent": Spans._call_begun,
     "LLMCompletionStartEvent": Spans._call_begun,
@@ -444,6 +451,8 @@ _CALL_EVENTS: dict[str, Callable[[Spans, _Span, _Call, Any], None]] = {
     "LLMCompletionEndEvent": Spans._call_ended,
     "ExceptionEvent": Spans._call_failed,
 }
+
+_EVENTS = frozenset({*_CALL_EVENTS, *_CHAT_EVENTS, _CANCELLED})
 
 
 def _given(component: Component, instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -462,9 +471,16 @@ def _given(component: Component, instance: Any, arguments: Mapping[str, Any]) ->
     return attributes
 
 
-def _is_silent(call: _Call | None) -> bool:
-    """Whether this is a call of a model that tells nothing of itself."""
-    return call is not None and call.told_by is None
+def _cancel(stage: StageContext, by: str) -> None:
+    stage.status = "cancelled"
+    stage.set(cancelled_by=by)
+
+
+def _tells_its_end(span: _Span) -> bool:
+    """Whether there is word of the end of a span's stream, so that one without was not read to its end."""
+    if span.component is MODEL:
+        return span.call is not None and span.call.told_by is not None
+    return span.component is SYNTHESIZER or (span.component is not None and span.component.takes_requests)
 
 
 def _type_of_call(span: _Span) -> str:

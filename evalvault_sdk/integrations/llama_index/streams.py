@@ -80,7 +80,7 @@ class Streams(Generic[T]):
         for _ in range(_MAX_FRAMES):
             if frame is None:
                 break
-            if (known := self._known(frame)) is not None:
+            if (known := self._known(frame)) is not None and known.owners:
                 return known.owners[0]
             frame = frame.f_back
         return None
