@@ -680,12 +680,14 @@ def test_a_fault_of_ours_is_counted_and_the_program_goes_on(
     def fail(*_: Any) -> None:
         raise BrokenError("a fault of ours")
 
-    monkeypatch.setattr(reading, "query_of", fail)
-    monkeypatch.setattr(reading, "call_ended", fail)
-    with instrument_llama_index(tracer):
+    for function in ("ids_of", "call_ended", "answer_of"):
+        monkeypatch.setattr(reading, function, fail)
+    with instrument_llama_index(tracer) as instrumented:
         assert str(query_engine(index, Model()).query("얼마?")) == "The sum is 1억원"
-    assert recorded.notes["hook_errors"] > 1
-    assert recorded.find("output").attributes["model"] == "model-1"
+        assert read(query_engine(index, Model(), streaming=True).query("얼마?")) == "The sum is 1억원"
+        assert left_open(instrumented)[1] == 0
+    assert recorded.notes["hook_errors"] > 5
+    assert recorded.outline() == f"{QUERIED}\n{QUERIED}"
 
 
 # -- on and off --------------------------------------------------------------------------------------

@@ -129,7 +129,10 @@ def asked(arguments: Mapping[str, Any]) -> str | None:
 
 def template_of(template: Any, model: Any) -> str | None:
     """Return the text of a prompt's template, before anything is put into it."""
-    text = template.get_template(llm=model)
+    try:
+        text = template.get_template(llm=model)
+    except Exception:  # noqa: BLE001 - a template of the program's own making
+        return None
     return text if isinstance(text, str) else None
 
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from inspect import BoundArguments
 from typing import Any, TypeVar
 
-from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.context import here
 from evalvault_sdk.capture.observed import ObservedStages
 from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.integrations.llama_index import reading
+from evalvault_sdk.integrations.llama_index.call import CALL_EVENTS, LAST_EVENTS, Call
 from evalvault_sdk.integrations.llama_index.components import (
     AGENT,
     CHAT_ENGINE,
@@ -35,93 +35,17 @@ from evalvault_sdk.integrations.llama_index.components import (
     component_of,
     is_own_function,
 )
+from evalvault_sdk.integrations.llama_index.span import Span
 from evalvault_sdk.integrations.llama_index.streams import Streams
 
 F = TypeVar("F", bound=Callable[..., None])
 
 #: So many spans are known at a time; the oldest is forgotten, and what begins in it later is a request of its own.
 _MAX_SPANS = 50_000
-#: The dispatcher makes a span's id of a name and a UUID.
-_ID_LENGTH = len("-00000000-0000-0000-0000-000000000000")
 #: Workflows tag their spans with what they were given; the other tags are the program's, of `instrument_tags`.
 _OWN_TAGS = "llamaindex."
 #: What writes the stream of a chat down, from its beginning to its end.
 _CHAT_WRITERS = ("write_response_to_history", "awrite_response_to_history")
-
-
-class _Call:
-    """A model call."""
-
-    __slots__ = ("answer", "model", "span", "stage", "told_by")
-
-    def __init__(self, model: Any, stage: StageContext, span: _Span | None) -> None:
-        self.model = model
-        #: The stage that it is, or that it is a part of.
-        self.stage = stage
-        #: Its span, if it has a stage of its own.
-        self.span = span
-        #: The span that events are taken from: a call of one interface may be one of another inside.
-        self.told_by: str | None = None
-        self.answer: Any = None
-
-
-class _Span:
-    """What is known of a span: what it is, and what is around it. One without a stage is as the one around it."""
-
-    __slots__ = (
-        "answer",
-        "call",
-        "component",
-        "failures",
-        "id",
-        "instance",
-        "is_waiting",
-        "method",
-        "parent",
-        "request",
-        "sources",
-        "stage_id",
-        "tags",
-        "task",
-        "template",
-    )
-
-    def __init__(self, id_: str, parent: _Span | None) -> None:
-        self.id = id_
-        self.method = id_[:-_ID_LENGTH].rpartition(".")[2]
-        self.parent = parent
-        #: The span whose stage is that of what begins here.
-        self.stage_id: str | None = None if parent is None else parent.stage_id
-        self.component: Component | None = None if parent is None else parent.component
-        self.instance: int | None = None if parent is None else parent.instance
-        self.call: _Call | None = None if parent is None else parent.call
-        #: The template of the prompt that a model call in it is made with.
-        self.template: Any = None if parent is None else parent.template
-        #: What the spans of one request have in common: whether its prompt was recorded.
-        self.request: dict[str, bool] = {} if parent is None else parent.request
-        #: What the program says of it and of all that runs in it: metadata.
-        self.tags: dict[str, Any] | None = None
-        #: Whether its stage ends with its stream.
-        self.is_waiting = False
-        #: The ids of the nodes that were found in it, or were given to it.
-        self.sources: list[str] | None = None
-        #: The last answer of a model in it.
-        self.answer: Any = None
-        #: Of a step of a workflow: its name, and the event it was given.
-        self.task: tuple[str, int] | None = None
-        #: Of the run of a workflow: how often each step failed that did not succeed since, and with what.
-        self.failures: dict[tuple[str, int], tuple[int, BaseException]] = {}
-
-    @property
-    def has_stage(self) -> bool:
-        """Whether it has a stage of its own."""
-        return self.stage_id == self.id
-
-    def is_inside(self, other: _Span) -> bool:
-        span: _Span | None = self
-        while span is not None and span is not other:
-            span = span.parent
-        return span is other
 
 
 def _harmless(method: F) -> F:
@@ -144,8 +68,8 @@ class Spans:
         self._recorder = stages._recorder
         self._active = active
         self.observed = ObservedStages(stages, self._stage_here)
-        self._spans: dict[str, _Span] = {}
-        self._streams: Streams[_Span] = Streams(self._stream_ended)
+        self._spans: dict[str, Span] = {}
+        self._streams: Streams[Span] = Streams(self._stream_ended)
 
     def __len__(self) -> int:
         """How many are known."""
@@ -179,7 +103,7 @@ class Spans:
         if not self._recorder.enabled:
             return
         component = component_of(instance)
-        span = _Span(id_, self._parent(parent_id, component))
+        span = Span(id_, self._parent(parent_id, component))
         if tags:
             span.tags = {name: tag for name, tag in tags.items() if not name.startswith(_OWN_TAGS)}
         self._keep(span)
@@ -202,7 +126,7 @@ class Spans:
         else:
             run = span.parent
             is_step = run is not None and run.method == "run" and run.component in (WORKFLOW, AGENT)
-            if (component is None or is_step) and is_own_function(instance, id_[:-_ID_LENGTH], is_step):
+            if (component is None or is_step) and is_own_function(instance, span.name, is_step):
                 self._begin_function(span, arguments, run if is_step else None)
 
     @_harmless
@@ -218,10 +142,12 @@ class Spans:
             return
         span.is_waiting = True  # before the stream is looked at: another thread may be at its end already
         if not self._streams.follow(result, span):
-            self._note_result(span, result)
             # Of a run that failed some versions tell only that it has no result.
             failures = span.failures.values() if result is None else ()
-            self._end(span, next((error for _, error in failures), None))
+            try:
+                self._note_result(span, result)
+            finally:
+                self._end(span, next((error for _, error in failures), None))
 
     @_harmless
     def drop(self, id_: str, error: BaseException | None) -> None:
@@ -236,18 +162,27 @@ class Spans:
         name = type(event).__name__
         if name not in _EVENTS or (span := self._spans.get(event.span_id)) is None:
             return
-        if name in _CALL_EVENTS:
+        if name in CALL_EVENTS:
             if span.call is not None:
-                _CALL_EVENTS[name](self, span, span.call, event)
+                self._tell_call(span.call, span.id, name, event)
         elif name == _CANCELLED:
             if span.has_stage and (stage := self.observed.get(span.id)) is not None:
                 _cancel(stage, event.reason)
         else:
             self._end_chat(span, getattr(event, "exception", None))
 
+    def _tell_call(self, call: Call, span_id: str, name: str, event: Any) -> None:
+        try:
+            call.tell(span_id, name, event)
+        finally:
+            if name in LAST_EVENTS and call.told_by == span_id:
+                called = self._spans.get(call.span_id or "")
+                if called is not None and called.is_waiting:
+                    self._end(called, getattr(event, "exception", None))
+
     # -- what begins ---------------------------------------------------------------------------------
 
-    def _parent(self, parent_id: str | None, component: Component | None) -> _Span | None:
+    def _parent(self, parent_id: str | None, component: Component | None) -> Span | None:
         parent = self._spans.get(parent_id) if parent_id is not None else None
         if component is MODEL:
             # A stream may make its call when it is read, wherever that is.
@@ -256,24 +191,27 @@ class Spans:
                 return reading_from
         return parent
 
-    def _keep(self, span: _Span) -> None:
+    def _keep(self, span: Span) -> None:
         self._spans[span.id] = span
         if len(self._spans) > _MAX_SPANS:
             with contextlib.suppress(KeyError, RuntimeError):  # another thread was at it
                 del self._spans[next(iter(self._spans))]
 
-    def _begin(self, span: _Span, stage_type: str, stage_name: str, attributes: dict[str, Any]) -> StageContext | None:
+    def _begin(self, span: Span, stage_type: str, stage_name: str, attributes: dict[str, Any]) -> StageContext | None:
+        is_root = span.stage_id is None
+        if is_root:
+            span.request = {}
         stage = self.observed.begin(
             span.id, span.stage_id, stage_type, stage_name=stage_name, attributes=attributes, metadata=span.tags
         )
         span.stage_id = span.id
         span.call = span.template = None
         query = attributes.get("query")
-        if span.parent is None and query is not None and span.component is not None and span.component.takes_requests:
+        if is_root and query is not None and span.component is not None and span.component.takes_requests:
             self._note(span, "input", {"query": query})
         return stage
 
-    def _begin_function(self, span: _Span, arguments: Mapping[str, Any], run: _Span | None) -> None:
+    def _begin_function(self, span: Span, arguments: Mapping[str, Any], run: Span | None) -> None:
         """Begin the stage of a function of the program's own, or of a step, which may be tried again."""
         span.component = FUNCTION
         stage = self._begin(span, FUNCTION.stage_type, span.method, {})
@@ -281,7 +219,7 @@ class Spans:
             span.task = span.method, id(arguments.get("ev"))
             stage.attempt = 1 + run.failures[span.task][0] if span.task in run.failures else 1
 
-    def _begin_call(self, span: _Span, model: Any, arguments: Mapping[str, Any]) -> None:
+    def _begin_call(self, span: Span, model: Any, arguments: Mapping[str, Any]) -> None:
         around = span.component
         if around is MODEL:
             return
@@ -289,7 +227,7 @@ class Spans:
             stage = None if span.stage_id is None else self.observed.get(span.stage_id)
             span.component, span.call = MODEL, None
             if stage is not None:
-                span.call = _Call(model, stage, None)
+                span.call = Call(model, stage, None)
             return
         above = span.parent if span.stage_id is not None else None
         is_whole_request = above is None and ((scope := here()) is None or scope.stage_id is None)
@@ -298,7 +236,7 @@ class Spans:
         prompt = None
         if stage_type == MODEL.stage_type:
             prompt = self._prompt(span, model, arguments)
-            if sources := _sources(span):
+            if sources := span.known_sources:
                 attributes["citations"] = sources
         elif span.stage_id is not None and (asking := self.observed.get(span.stage_id)) is not None:
             attributes["query"] = asking.attributes.get("query")
@@ -312,9 +250,9 @@ class Spans:
             self._note(span, "system_prompt", {"prompt": prompt})
         if is_whole_request and (question := reading.asked(arguments)) is not None:
             self._note(span, "input", {"query": question})
-        span.call = _Call(model, stage, span)
+        span.call = Call(model, stage, span.id)
 
-    def _prompt(self, span: _Span, model: Any, arguments: Mapping[str, Any]) -> str | None:
+    def _prompt(self, span: Span, model: Any, arguments: Mapping[str, Any]) -> str | None:
         """Return the prompt of a request, the first time."""
         if "prompt" in span.request:
             return None
@@ -325,48 +263,16 @@ class Spans:
             span.request["prompt"] = True
         return prompt
 
-    def _note(self, above: _Span, stage_type: str, attributes: dict[str, Any]) -> None:
+    def _note(self, above: Span, stage_type: str, attributes: dict[str, Any]) -> None:
         """Record a stage that takes no time."""
         key = (above.id, stage_type)
         self.observed.begin(key, above.stage_id, stage_type, attributes=attributes, metadata=above.tags)
         self.observed.end(key)
 
-    # -- what model calls tell -----------------------------------------------------------------------
-
-    def _call_begun(self, span: _Span, call: _Call, event: Any) -> None:
-        if call.told_by is None:
-            call.told_by = span.id
-            call.stage.set(**reading.call_begun(event, call.model))
-
-    def _call_gave(self, span: _Span, call: _Call, event: Any) -> None:
-        stage = call.stage
-        if call.told_by == span.id and call.span is not None and "time_to_first_token_ms" not in stage.attributes:
-            waited_ns = clock.perf_counter_ns() - stage._started_perf_ns
-            stage.set(time_to_first_token_ms=waited_ns / 1_000_000)
-
-    def _call_ended(self, span: _Span, call: _Call, event: Any) -> None:
-        if call.told_by != span.id:
-            return
-        call.answer, attributes = reading.call_ended(event)
-        stage = call.stage
-        if call.span is None:  # one of several, perhaps
-            for name in ("tokens_in", "tokens_out"):
-                if name in attributes:
-                    attributes[name] += stage.attributes.get(name, 0)
-        elif call.answer is not None:
-            attributes["answer" if stage.stage_type == MODEL.stage_type else "rewritten"] = call.answer
-        stage.set(**attributes)
-        if call.span is not None and call.span.is_waiting:
-            self._end(call.span, None)
-
-    def _call_failed(self, span: _Span, call: _Call, event: Any) -> None:
-        if call.told_by == span.id and call.span is not None and call.span.is_waiting:
-            self._end(call.span, event.exception)
-
     # -- what ends -----------------------------------------------------------------------------------
 
     @_harmless
-    def _stream_ended(self, span: _Span, error: BaseException | None) -> None:
+    def _stream_ended(self, span: Span, error: BaseException | None) -> None:
         if not span.has_stage:
             self._spans.pop(span.id, None)
         elif span.is_waiting:
@@ -374,21 +280,19 @@ class Spans:
                 error = None  # it was collected, but after it gave the whole answer; or nobody can say
             self._end(span, error)
 
-    def _leave(self, span: _Span, error: BaseException | None) -> None:
+    def _leave(self, span: Span, error: BaseException | None) -> None:
         """Forget a span without a stage."""
         self._spans.pop(span.id, None)
         if span.method in _CHAT_WRITERS:
             self._end_chat(span, error)
 
-    def _end_chat(self, writer: _Span, error: BaseException | None) -> None:
+    def _end_chat(self, writer: Span, error: BaseException | None) -> None:
         """End the chat whose stream was written down."""
-        above = writer.parent
-        while above is not None and not above.has_stage:
-            above = above.parent
+        above = writer.enclosing
         if above is not None and above.is_waiting:
             self._end(above, error)
 
-    def _end(self, span: _Span, error: BaseException | None) -> None:
+    def _end(self, span: Span, error: BaseException | None) -> None:
         """Record the stage of a span."""
         self._spans.pop(span.id, None)
         span.is_waiting = False
@@ -411,7 +315,7 @@ class Spans:
             error = None
         self.observed.end(span.id, error)
 
-    def _note_result(self, span: _Span, result: Any) -> None:
+    def _note_result(self, span: Span, result: Any) -> None:
         """Add to a stage what came out of it."""
         stage = self.observed.get(span.id)
         component = span.component
@@ -442,17 +346,7 @@ _CHAT_EVENTS = ("StreamChatEndEvent", "StreamChatErrorEvent")
 #: Told by newer workflows, whose spans then end as if all were well; and what those of older ones end with.
 _CANCELLED = "SpanCancelledEvent"
 _CANCELLATION = "WorkflowCancelledByUser"
-_CALL_EVENTS: dict[str, Callable[[Spans, _Span, _Call, Any], None]] = {
-    "LLMChatStartEvent": Spans._call_begun,
-    "LLMCompletionStartEvent": Spans._call_begun,
-    "LLMChatInProgressEvent": Spans._call_gave,
-    "LLMCompletionInProgressEvent": Spans._call_gave,
-    "LLMChatEndEvent": Spans._call_ended,
-    "LLMCompletionEndEvent": Spans._call_ended,
-    "ExceptionEvent": Spans._call_failed,
-}
-
-_EVENTS = frozenset({*_CALL_EVENTS, *_CHAT_EVENTS, _CANCELLED})
+_EVENTS = frozenset({*CALL_EVENTS, *_CHAT_EVENTS, _CANCELLED})
 
 
 def _given(component: Component, instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,29 +370,17 @@ def _cancel(stage: StageContext, by: str) -> None:
     stage.set(cancelled_by=by)
 
 
-def _tells_its_end(span: _Span) -> bool:
+def _tells_its_end(span: Span) -> bool:
     """Whether there is word of the end of a span's stream, so that one without was not read to its end."""
     if span.component is MODEL:
         return span.call is not None and span.call.told_by is not None
     return span.component is SYNTHESIZER or (span.component is not None and span.component.takes_requests)
 
 
-def _type_of_call(span: _Span) -> str:
+def _type_of_call(span: Span) -> str:
     """Return whether a model call makes a query or an answer: a chat that has found nothing yet makes a query."""
-    around = span.parent
-    while around is not None and not around.has_stage:
-        around = around.parent
+    around = span.enclosing
     makes_query = span.component is RETRIEVER or (
         around is not None and around.component is CHAT_ENGINE and around.sources is None
     )
     return "query_rewrite" if makes_query else MODEL.stage_type
-
-
-def _sources(span: _Span) -> list[str] | None:
-    """Return the ids of the nodes that the innermost component with any was given, or found."""
-    around: _Span | None = span
-    while around is not None:
-        if around.sources is not None:
-            return around.sources
-        around = around.parent
-    return None
