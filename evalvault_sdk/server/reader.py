@@ -133,7 +133,7 @@ class RunReader:
     def summary(self, run_id: str, *, detail: bool = False) -> dict[str, Any]:
         """Return the summary; with `detail` also `stage_types`. Raises `RunNotFoundError`."""
         with self._store.snapshot() as view:
-            totals = view.stage_type_totals(run_id)
+            totals = view.stage_type_totals(run_id, percentiles=detail)
         if not totals:
             raise RunNotFoundError(run_id)
         result = summary.summarize(run_id, totals)

@@ -21,6 +21,7 @@ from evalvault_sdk.errors import StoreError
 from evalvault_sdk.server import create_app
 from evalvault_sdk.server.metrics import StageMetric
 from evalvault_sdk.server.store import Store, open_store
+from evalvault_sdk.server.store.sql_snapshot import load_sql
 from tests.postgres import Postgres, running_postgres
 from tests.server.stores import NOON, event, now
 from tests.server.test_routes import ask_app, stage
@@ -176,7 +177,25 @@ def test_many_processes_that_start_on_an_empty_database_record_each_change_once(
             store.close()
     with psycopg.connect(url) as connection:
         names = [name for (name,) in connection.execute("SELECT name FROM evalvault_sdk_schema ORDER BY name")]
-    assert names == ["postgres_0001_stage_tables.sql", "postgres_0002_reading_indexes.sql"]
+    assert names == [
+        "postgres_0001_stage_tables.sql",
+        "postgres_0002_reading_indexes.sql",
+        "postgres_0003_totals_index.sql",
+    ]
+
+
+def test_totals_come_from_an_index_and_not_from_the_events(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    open_store(url).close()
+    with psycopg.connect(url) as connection:
+        # An empty table is read whole: what is asked here is whether there is another way.
+        connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        for name in ("stage_type_totals.sql", "durations_at.sql"):
+            query = load_sql(name).format(stage_type="stage_type = :stage_type")
+            for parameter in (":run_id", ":stage_type", ":p50", ":p95", ":p99"):
+                query = query.replace(parameter, "'1'")
+            plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {query}"))
+            assert "Index Only Scan using idx_evalvault_sdk_totals" in plan, plan
 
 
 def test_tables_without_our_record_are_used_as_they_are(postgres: Postgres) -> None:

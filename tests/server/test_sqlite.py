@@ -6,16 +6,18 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evalvault_sdk import ConfigurationError, StagePayloadRef
 from evalvault_sdk.errors import StoreError
-from evalvault_sdk.server.store import SQLiteStore, Store, open_store
+from evalvault_sdk.server.store import EventFilter, SQLiteStore, Store, open_store
+from evalvault_sdk.server.store.sql_snapshot import SqlSnapshot
 from tests.server.stores import NOON, event, now
 
 
@@ -83,6 +85,38 @@ def test_the_tables_are_evalvaults(store: Store, path: Path) -> None:
     assert row == ("2026-01-07T12:00:00+00:00", '{"한":1}', "{}", '{"store":"s","id":"i","type":"json"}', 1)
     assert {"idx_stage_events_run_stage_id", "idx_stage_events_run_id", "idx_stage_events_stage_type"} <= indexes
     assert metrics == ["id", "run_id", "stage_id", "metric_name", "score", "threshold", "evidence"]
+
+
+def plans(path: Path, ask: Callable[[SqlSnapshot], object]) -> list[str]:
+    """Return how SQLite goes about each query of a question."""
+    with sqlite3.connect(path) as db:
+        found: list[str] = []
+
+        def explain(query: str, values: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
+            found.extend(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", values))
+            return db.execute(query, values)
+
+        ask(SqlSnapshot(explain, SQLiteStore.dialect, stream=explain))
+    return found
+
+
+def test_totals_come_from_an_index_and_not_from_the_events(store: Store, path: Path) -> None:
+    store.save([event(duration_ms=1)])
+    used = [step for step in plans(path, lambda view: view.stage_type_totals("r")) if "stage_events" in step]
+    assert len(used) == 2
+    assert all("USING COVERING INDEX idx_evalvault_sdk_totals (run_id=?" in step for step in used), used
+
+
+def test_a_type_of_a_run_is_found_without_going_through_that_type_in_all_runs(store: Store, path: Path) -> None:
+    def ask(view: SqlSnapshot) -> object:
+        return list(view.events("r", EventFilter(stage_type="x")))
+
+    (used,) = plans(path, ask)
+    assert "USING INDEX idx_evalvault_sdk_totals (run_id=? AND stage_type=? AND id>?)" in used
+    with sqlite3.connect(path) as db:
+        db.execute("DROP INDEX idx_evalvault_sdk_totals")  # as in a file that only EvalVault ever wrote to
+    (used,) = plans(path, ask)
+    assert "USING INDEX idx_stage_events_run_id (run_id=? AND rowid>?)" in used
 
 
 def test_a_file_that_evalvault_wrote_is_served_row_by_row_even_where_it_is_laxer(path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import attrs
 import pytest
 
 from evalvault_sdk import StageEvent, StagePayloadRef
@@ -105,6 +106,10 @@ def test_totals_are_those_worked_out_by_hand(store: Store) -> None:
         None,
     )
     assert now(store).stage_type_totals("nobody") == []
+    for whole, short in zip(
+        now(store).stage_type_totals("r"), now(store).stage_type_totals("r", percentiles=False), strict=True
+    ):
+        assert short == attrs.evolve(whole, p50_ms=None, p95_ms=None, p99_ms=None)
 
 
 def test_a_percentile_of_one_is_that_one(store: Store) -> None:

@@ -13,6 +13,7 @@ stored before. Pages and live streams go on from one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -47,7 +48,7 @@ class EventFilter:
 
 @attrs.frozen(kw_only=True)
 class StageTypeTotals:
-    """What one stage type amounts to in one run. Times are milliseconds; None where no stage was timed."""
+    """What one stage type amounts to in one run. Times in milliseconds; None where none was timed or asked for."""
 
     stage_type: str
     events: int
@@ -92,6 +93,15 @@ EVERYTHING = EventFilter()
 PAGE_SIZE = 4 << 20
 
 
+#: The percentiles of totals, by their names.
+PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+
+
+def percentile_place(share: float, count: int) -> int:
+    """Return the place, from 1, of the smallest of `count` values that `share` of them do not exceed (nearest rank)."""
+    return math.ceil(share * count)
+
+
 def take_page(events: Iterator[StoredEvent], limit: int) -> tuple[list[StoredEvent], bool]:
     """Return the next events, at most `limit` and about `PAGE_SIZE` of them, and whether there may be more."""
     page: list[StoredEvent] = []
@@ -115,8 +125,12 @@ class Snapshot(Protocol):
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Return how many events `events` would yield without a limit."""
 
-    def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
-        """Return the totals of each stage type, in the order in which the types first appeared."""
+    def stage_type_totals(self, run_id: str, *, percentiles: bool = True) -> list[StageTypeTotals]:
+        """
+        Return the totals of each stage type, in the order in which the types first appeared.
+
+        Without `percentiles` these are None: all durations need not be sorted then.
+        """
 
     def run_totals(self, run_id: str) -> RunTotals:
         """Return the totals of a run; all zero for one without events."""

@@ -157,9 +157,9 @@ class EvalVaultSnapshot:
         """Count a run's events; see `Snapshot.count`."""
         return self._run(run_id).count(run_id, which)
 
-    def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
+    def stage_type_totals(self, run_id: str, *, percentiles: bool = True) -> list[StageTypeTotals]:
         """Return the totals of each stage type; see `Snapshot.stage_type_totals`."""
-        return self._run(run_id).stage_type_totals(run_id)
+        return self._run(run_id).stage_type_totals(run_id, percentiles=percentiles)
 
     def run_totals(self, run_id: str) -> RunTotals:
         """Return the totals of a run; see `Snapshot.run_totals`."""

@@ -15,7 +15,16 @@ from datetime import datetime, timezone
 
 from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server.metrics import StageMetric
-from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, RunEntry, RunTotals, StageTypeTotals, StoredEvent
+from evalvault_sdk.server.store.base import (
+    EVERYTHING,
+    PERCENTILES,
+    EventFilter,
+    RunEntry,
+    RunTotals,
+    StageTypeTotals,
+    StoredEvent,
+    percentile_place,
+)
 
 _MetricKey = tuple[str, str, str]
 
@@ -43,12 +52,12 @@ class MemorySnapshot:
         """Count a run's events; see `Snapshot.count`."""
         return sum(1 for _ in self.events(run_id, which))
 
-    def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
+    def stage_type_totals(self, run_id: str, *, percentiles: bool = True) -> list[StageTypeTotals]:
         """Return the totals of each stage type; see `Snapshot.stage_type_totals`."""
         by_type: dict[str, list[StageEvent]] = {}
         for _, event, _ in self.events(run_id):
             by_type.setdefault(event.stage_type, []).append(event)
-        return [_totals_of(stage_type, events) for stage_type, events in by_type.items()]
+        return [_totals_of(stage_type, events, percentiles) for stage_type, events in by_type.items()]
 
     def run_totals(self, run_id: str) -> RunTotals:
         """Return the totals of a run; see `Snapshot.run_totals`."""
@@ -212,20 +221,18 @@ def _milliseconds(moment: datetime) -> datetime:
     return moment.astimezone(timezone.utc).replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
-def _totals_of(stage_type: str, events: Sequence[StageEvent]) -> StageTypeTotals:
+def _totals_of(stage_type: str, events: Sequence[StageEvent], percentiles: bool) -> StageTypeTotals:
     timed = sorted(event.duration_ms for event in events if event.duration_ms is not None)
-
-    def percentile(share: float) -> float | None:
-        return timed[math.ceil(share * len(timed)) - 1] if timed else None
-
+    shown = percentiles and bool(timed)
     return StageTypeTotals(
         stage_type=stage_type,
         events=len(events),
         errors=sum(event.status == "error" for event in events),
         mean_ms=math.fsum(timed) / len(timed) if timed else None,
-        p50_ms=percentile(0.50),
-        p95_ms=percentile(0.95),
-        p99_ms=percentile(0.99),
+        **{
+            f"{name}_ms": timed[percentile_place(share, len(timed)) - 1] if shown else None
+            for name, share in PERCENTILES.items()
+        },
     )
 
 

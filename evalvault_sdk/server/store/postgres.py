@@ -47,7 +47,11 @@ _Connection = psycopg.Connection[tuple[Any, ...]]
 _Numbered = list[tuple[int, tuple[Any, ...]]]
 
 #: Numbered files of schema changes, applied in order, each once.
-_SCHEMA = ("postgres_0001_stage_tables.sql", "postgres_0002_reading_indexes.sql")
+_SCHEMA = (
+    "postgres_0001_stage_tables.sql",
+    "postgres_0002_reading_indexes.sql",
+    "postgres_0003_totals_index.sql",
+)
 #: Held while they are applied: many processes may start on one new database. The number is only ours.
 _SCHEMA_LOCK = 7_308_325_127_064_912
 _COPY = f"COPY evalvault_sdk_staging (ordinal, {', '.join(COLUMNS)}) FROM STDIN"
@@ -84,7 +88,7 @@ _STARTED_AT, _FINISHED_AT = COLUMNS.index("started_at"), COLUMNS.index("finished
 _FIRST_JSON, _LAST_JSON = COLUMNS.index("input_ref"), COLUMNS.index("metadata") + 1
 _JSON_COLUMNS = set(COLUMNS[_FIRST_JSON:_LAST_JSON])
 _TEXT_COLUMNS = _JSON_COLUMNS | {"run_id", "started_at", "finished_at"}
-_PARAMETER = re.compile(r"(?<![:\w]):([a-z_]+)")
+_PARAMETER = re.compile(r"(?<![:\w]):([a-z_]\w*)")
 #: What stands before a host in a URL, if every character that means something there is escaped.
 _URL = re.compile(r"postgres(?:ql)?://(?:[^:@/?#\s]*(?::[^:@/?#\s]*)?@)?[^@\s]*")
 #: A NUL character in JSON: an escape, not the text of one (an even number of backslashes stands before it).
@@ -95,7 +99,6 @@ _DIALECT = Dialect(
     metric_columns="run_id::text, stage_id, metric_name, score, threshold, evidence::text",
     instant=lambda time: time,
     since=":since::timestamptz",
-    stage_type_totals=load_sql("postgres_stage_type_totals.sql"),
     run_totals=load_sql("postgres_run_totals.sql"),
     run_ids=load_sql("postgres_run_ids.sql"),
     lock_run="SELECT pg_advisory_xact_lock(hashtextextended(:run, 0))",

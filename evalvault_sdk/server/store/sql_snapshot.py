@@ -16,7 +16,16 @@ from typing import Any
 import attrs
 
 from evalvault_sdk.server.metrics import StageMetric
-from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, RunEntry, RunTotals, StageTypeTotals, StoredEvent
+from evalvault_sdk.server.store.base import (
+    EVERYTHING,
+    PERCENTILES,
+    EventFilter,
+    RunEntry,
+    RunTotals,
+    StageTypeTotals,
+    StoredEvent,
+    percentile_place,
+)
 from evalvault_sdk.server.store.rows import event_of, metric_of, readable_time
 
 #: Runs a query with its values, and returns its rows.
@@ -26,6 +35,10 @@ Ask = Callable[[str, Mapping[str, Any]], Iterable[tuple[Any, ...]]]
 def load_sql(name: str) -> str:
     """Return one of the package's SQL files."""
     return (resources.files("evalvault_sdk.server.store") / "sql" / name).read_text(encoding="utf-8")
+
+
+_STAGE_TYPE_TOTALS = load_sql("stage_type_totals.sql")
+_DURATIONS_AT = load_sql("durations_at.sql")
 
 
 @attrs.frozen(kw_only=True)
@@ -38,9 +51,8 @@ class Dialect:
     #: An expression for the instant of a time column, and of the value `:since`.
     instant: Callable[[str], str]
     since: str
-    #: How a filter names the column `stage_type`.
-    stage_type: str = "stage_type"
-    stage_type_totals: str
+    #: The condition that an event is of the type `:stage_type`.
+    stage_type: str = "stage_type = :stage_type"
     run_totals: str
     #: Yields each run's id and last place.
     run_ids: str
@@ -80,11 +92,25 @@ class SqlSnapshot:
         ((found,),) = self.ask(f"SELECT COUNT(*) FROM stage_events WHERE {where}", values)
         return int(found)
 
-    def stage_type_totals(self, run_id: str) -> list[StageTypeTotals]:
+    def stage_type_totals(self, run_id: str, *, percentiles: bool = True) -> list[StageTypeTotals]:
         """Return the totals of each stage type; see `Snapshot.stage_type_totals`."""
-        rows = self.ask(self._dialect.stage_type_totals, {"run_id": run_id})
-        names = ("stage_type", "events", "errors", "mean_ms", "p50_ms", "p95_ms", "p99_ms")
-        return [StageTypeTotals(**dict(zip(names, row, strict=True))) for row in rows]
+        found = []
+        for stage_type, events, errors, mean_ms, timed in list(self.ask(_STAGE_TYPE_TOTALS, {"run_id": run_id})):
+            places = {name: percentile_place(share, timed) for name, share in PERCENTILES.items()}
+            at: dict[int, float] = {}
+            if percentiles and timed:
+                query = _DURATIONS_AT.format(stage_type=self._dialect.stage_type)
+                at = dict(self.ask(query, {"run_id": run_id, "stage_type": stage_type, **places}))
+            found.append(
+                StageTypeTotals(
+                    stage_type=stage_type,
+                    events=events,
+                    errors=errors,
+                    mean_ms=mean_ms,
+                    **{f"{name}_ms": at.get(place) for name, place in places.items()},
+                )
+            )
+        return found
 
     def run_totals(self, run_id: str) -> RunTotals:
         """Return the totals of a run; see `Snapshot.run_totals`."""
@@ -156,8 +182,8 @@ class SqlSnapshot:
         for name in ("stage_type", "status", "trace_id", "stage_id"):
             if (value := getattr(which, name)) is not None:
                 values[name] = value
-        named = {"stage_type": self._dialect.stage_type}
-        conditions = [f"{named.get(name, name)} = :{name}" for name in values]
+        own = {"stage_type": self._dialect.stage_type}
+        conditions = [own.get(name, f"{name} = :{name}") for name in values]
         if which.since is not None:
             try:
                 since = which.since.astimezone(timezone.utc)

@@ -30,7 +30,11 @@ from evalvault_sdk.server.store.sql_store import SqlStore, Writing
 #: Another process (EvalVault's CLI, say) may hold the file this long before we answer "try again".
 _BUSY_TIMEOUT_S = 5.0
 #: Numbered files of schema changes, applied in order, each once.
-_SCHEMA = ("sqlite_0001_stage_tables.sql", "sqlite_0002_reading_indexes.sql")
+_SCHEMA = (
+    "sqlite_0001_stage_tables.sql",
+    "sqlite_0002_reading_indexes.sql",
+    "sqlite_0003_totals_index.sql",
+)
 _UPSERT = load_sql("sqlite_upsert.sql")
 _ROW_OF_VALUES = f"({', '.join('?' * len(COLUMNS))})"
 #: How many rows go into one statement, and the statement: SQLite before 3.32 takes no more than 999 values.
@@ -43,8 +47,8 @@ _DIALECT = Dialect(
     metric_columns="run_id, stage_id, metric_name, score, threshold, evidence",
     instant=lambda time: f"julianday({time})",  # knows offsets; the text may have any
     since="julianday(:since)",
-    stage_type="+stage_type",  # by the run's index: SQLite would rather go through all events of the type, of all runs
-    stage_type_totals=load_sql("sqlite_stage_type_totals.sql"),
+    # Where our index is not there, by the run's: SQLite would rather go through all events of the type, of all runs.
+    stage_type="likely(stage_type = :stage_type)",
     run_totals=load_sql("sqlite_run_totals.sql"),
     run_ids=load_sql("sqlite_run_ids.sql"),
     lock_run="SELECT :run",  # one transaction writes at a time
