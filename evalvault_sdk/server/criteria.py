@@ -14,9 +14,15 @@ from typing import Any
 import attrs
 
 from evalvault_sdk.errors import ConfigurationError
-from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server.files import read_config_file
-from evalvault_sdk.server.metrics import DEFAULT_THRESHOLDS, SPECIAL_METRICS, MetricRule, StageMetric, metrics_of
+from evalvault_sdk.server.metrics import (
+    DEFAULT_THRESHOLDS,
+    SPECIAL_METRICS,
+    Measured,
+    MetricRule,
+    StageMetric,
+    metrics_of,
+)
 from evalvault_sdk.server.settings import ServerSettings
 
 #: EvalVault's own profiles: what differs from its defaults.
@@ -44,7 +50,7 @@ class Criteria:
             rules=_read_rules(settings.rules) if settings.rules else (),
         )
 
-    def metrics_of(self, event: StageEvent) -> Iterator[StageMetric]:
+    def metrics_of(self, event: Measured) -> Iterator[StageMetric]:
         """Yield the metrics of one event."""
         return metrics_of(event, thresholds=self.thresholds, relevance=self.relevance, rules=self.rules)
 

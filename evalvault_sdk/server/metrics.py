@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import attrs
-
-from evalvault_sdk.events import StageEvent
 
 #: EvalVault's own defaults. Latencies are ceilings in milliseconds, everything else is a floor.
 DEFAULT_THRESHOLDS: Mapping[str, float] = {
@@ -35,8 +33,7 @@ DEFAULT_THRESHOLDS: Mapping[str, float] = {
 }
 
 
-@attrs.frozen
-class StageMetric:
+class StageMetric(NamedTuple):
     """One number about one stage, and how it was come by."""
 
     run_id: str
@@ -81,6 +78,34 @@ class StageMetric:
         }
 
 
+class Measured(Protocol):
+    """What metrics are computed from: a `StageEvent`, or as much of one as they need."""
+
+    @property
+    def run_id(self) -> str: ...  # noqa: D102
+    @property
+    def stage_id(self) -> str: ...  # noqa: D102
+    @property
+    def stage_type(self) -> str: ...  # noqa: D102
+    @property
+    def duration_ms(self) -> float | None: ...  # noqa: D102
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+class MeasuredStage(NamedTuple):
+    """As much of a `StageEvent` as its metrics are computed from, at a fraction of its cost."""
+
+    run_id: str
+    stage_id: str
+    stage_type: str
+    duration_ms: float | None
+    attributes: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+
+
 #: What is larger is no count of anything, and beyond it a float skips integers.
 _LARGEST_COUNT = 2**53
 
@@ -103,7 +128,7 @@ class MetricRule:
     #: `"max"`: the threshold is a ceiling; `"min"`: a floor.
     direction: Literal["min", "max"] = "min"
 
-    def find(self, event: StageEvent) -> float | None:
+    def find(self, event: Measured) -> float | None:
         """Return the number in an event; None where there is none. True counts as 1, False as 0."""
         if self.stage_type not in ("*", event.stage_type):
             return None
@@ -132,7 +157,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def metrics_of(
-    event: StageEvent,
+    event: Measured,
     *,
     thresholds: Mapping[str, float] = DEFAULT_THRESHOLDS,
     relevance: Mapping[str, Collection[str]] | None = None,
@@ -146,22 +171,23 @@ def metrics_of(
     number among its attributes; `rules` add to both, and one of a generic metric's name stands in its place.
     """
     seen = set()
+    run_id, stage_id, prefix = event.run_id, event.stage_id, f"{event.stage_type}."
     for rule in rules:
         if (score := rule.find(event)) is not None:
-            name = f"{event.stage_type}.{rule.name}"
+            name = prefix + rule.name
             seen.add(name)
             evidence = {"attribute": rule.attribute, "comparison": rule.direction}
             threshold = thresholds.get(name, rule.threshold)
-            yield StageMetric(event.run_id, event.stage_id, name, score, threshold, evidence)
+            yield StageMetric(run_id, stage_id, name, score, threshold, evidence)
     for what, score, evidence in _findings(event, relevance or {}):
-        name = f"{event.stage_type}.{what}"
+        name = prefix + what
         if name in seen or not math.isfinite(score):  # an unknown type's own latency_ms; a sum beyond all floats
             continue
         seen.add(name)
-        yield StageMetric(event.run_id, event.stage_id, name, score, thresholds.get(name), evidence)
+        yield StageMetric(run_id, stage_id, name, score, thresholds.get(name), evidence)
 
 
-def _findings(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> Iterator[_Finding]:
+def _findings(event: Measured, relevance: Mapping[str, Collection[str]]) -> Iterator[_Finding]:
     if event.duration_ms is not None:
         yield "latency_ms", event.duration_ms, {"duration_ms": event.duration_ms, "comparison": "max"}
     if event.stage_type == "retrieval":
@@ -170,7 +196,7 @@ def _findings(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> It
         yield from _BY_TYPE.get(event.stage_type, _generic)(event.attributes)
 
 
-def _retrieval(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> Iterator[_Finding]:
+def _retrieval(event: Measured, relevance: Mapping[str, Collection[str]]) -> Iterator[_Finding]:
     doc_ids = _texts(event.attributes.get("doc_ids"))
     missing = {} if "doc_ids" in event.attributes else {"missing": True}
     yield "result_count", float(len(doc_ids)), {"count": len(doc_ids), **missing}
@@ -189,7 +215,7 @@ def _retrieval(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> I
     )
 
 
-def _relevant(event: StageEvent, relevance: Mapping[str, Collection[str]]) -> set[str]:
+def _relevant(event: Measured, relevance: Mapping[str, Collection[str]]) -> set[str]:
     own = event.attributes.get("relevant_doc_ids") or event.metadata.get("relevant_doc_ids")
     if own:
         return set(_texts(own))
@@ -318,6 +344,8 @@ def _texts(value: Any) -> list[str]:
 
 def _number(value: Any) -> float | None:
     """Return `value` as a finite float; None for what is no number. True and False are none."""
+    if type(value) is float:  # as nearly all are
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from evalvault_sdk.errors import RunNotFoundError
 from evalvault_sdk.server import report, summary
 from evalvault_sdk.server.criteria import Criteria
-from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.metrics import Measured, StageMetric
 from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, Snapshot, Store, StoredEvent, take_page
 
 #: Events read, or metrics stored, at a time where a run is gone through in pages.
@@ -108,7 +108,7 @@ class RunReader:
             metrics = (
                 view.metrics(run_id, stage_id=stage_id, metric_name=metric_name)
                 if stored
-                else self._metrics(view.events(run_id, EventFilter(stage_id=stage_id)))
+                else self._metrics(view.measured(run_id, stage_id=stage_id))
             )
             for metric in metrics:
                 if metric_name in (None, metric.metric_name):
@@ -125,7 +125,7 @@ class RunReader:
         """
         total = 0
         for page in self.pages(run_id):
-            metrics = list(self._metrics(page))
+            metrics = list(self._metrics(stored.event for stored in page))
             self._store.save_metrics(metrics)
             total += len(metrics)
         return {"run_id": run_id, "stored": total}
@@ -150,7 +150,7 @@ class RunReader:
             return report.debug_report(
                 summary.run_summary(run_id, view.run_totals(run_id)),
                 summary.summarize(run_id, totals),
-                self._metrics(view.events(run_id)),
+                self._metrics(view.measured(run_id)),
                 max_metrics=limit,
                 stage_types=summary.stage_types(totals),
             )
@@ -173,9 +173,9 @@ class RunReader:
                 return
             after = page[-1].place
 
-    def _metrics(self, events: Iterable[StoredEvent]) -> Iterator[StageMetric]:
-        for stored in events:
-            yield from self._criteria.metrics_of(stored.event)
+    def _metrics(self, events: Iterable[Measured]) -> Iterator[StageMetric]:
+        for event in events:
+            yield from self._criteria.metrics_of(event)
 
 
 def _check_run(view: Snapshot, run_id: str) -> None:

@@ -107,6 +107,31 @@ def test_totals_come_from_an_index_and_not_from_the_events(store: Store, path: P
     assert all("USING COVERING INDEX idx_evalvault_sdk_totals (run_id=?" in step for step in used), used
 
 
+def test_metrics_see_rows_of_laxer_programs_as_every_reader_does(store: Store, path: Path) -> None:
+    names = ("stage_type", "duration_ms", "started_at", "finished_at", "attributes", "metadata")
+    rows = [
+        ("Mixed ", 5.0, None, None, "{}", "{}"),
+        ("x", 7, None, None, "{}", None),
+        ("x", -1.0, None, None, "[1]", "{}"),
+        ("x", "soon", None, None, "no JSON", '"text"'),
+        ("x", float("inf"), None, None, '{"a": NaN}', '{"a": "\\ud800"}'),
+        ("x", None, "2026-01-07T12:00:00", "2026-01-07T12:00:01", "{}", "{}"),
+        ("x", None, "2026-01-07T12:00:01", "2026-01-07T12:00:00", "{}", "{}"),
+        ("x", 1.0, "no time", None, '{"a":' + "[" * 253 + "]" * 253 + "}", '{"n": 1e400, "m": 123456789012345678901}'),
+    ]
+    with sqlite3.connect(path) as db:
+        for number, row in enumerate(rows):
+            db.execute(
+                f"INSERT INTO stage_events (run_id, stage_id, {', '.join(names)}) VALUES ('r', ?, ?, ?, ?, ?, ?, ?)",
+                (f"s{number}", *row),
+            )
+    kept = ("run_id", "stage_id", "stage_type", "duration_ms", "attributes", "metadata")
+    whole = [[getattr(stored.event, name) for name in kept] for stored in now(store).events("r")]
+    measured = [[getattr(stage, name) for name in kept] for stage in now(store).measured("r")]
+    assert len(measured) == len(rows)
+    assert str(measured) == str(whole)  # as texts: NaN is not equal to itself
+
+
 def test_a_type_of_a_run_is_found_without_going_through_that_type_in_all_runs(store: Store, path: Path) -> None:
     def ask(view: SqlSnapshot) -> object:
         return list(view.events("r", EventFilter(stage_type="x")))

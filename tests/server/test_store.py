@@ -112,6 +112,22 @@ def test_totals_are_those_worked_out_by_hand(store: Store) -> None:
         assert short == attrs.evolve(whole, p50_ms=None, p95_ms=None, p99_ms=None)
 
 
+def test_metrics_are_computed_from_the_same_as_the_whole_event_has(store: Store) -> None:
+    store.save(
+        [
+            event(
+                1, stage_type="retrieval", duration_ms=5, attributes={"doc_ids": ["a"]}, metadata={"test_case_id": "t"}
+            ),
+            event(2, started_at=NOON, finished_at=NOON + timedelta(seconds=1), status="error"),
+            event(3, attributes={"한": [1, {"b": None}]}),
+        ]
+    )
+    names = ("run_id", "stage_id", "stage_type", "duration_ms", "attributes", "metadata")
+    whole = [[getattr(stored.event, name) for name in names] for stored in now(store).events("r")]
+    assert [[getattr(stage, name) for name in names] for stage in now(store).measured("r")] == whole
+    assert [stage.stage_id for stage in now(store).measured("r", stage_id="s2")] == ["s2"]
+
+
 def test_a_percentile_of_one_is_that_one(store: Store) -> None:
     store.save([event(duration_ms=7)])
     (only,) = now(store).stage_type_totals("r")

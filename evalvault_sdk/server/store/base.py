@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import attrs
 
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.metrics import Measured, StageMetric
 
 
 class StoredEvent(NamedTuple):
@@ -121,6 +121,9 @@ class Snapshot(Protocol):
         self, run_id: str, which: EventFilter = EVERYTHING, *, after: int = 0, limit: int | None = None
     ) -> Iterator[StoredEvent]:
         """Yield a run's events whose place is beyond `after`, in the order first stored."""
+
+    def measured(self, run_id: str, *, stage_id: str | None = None) -> Iterator[Measured]:
+        """Yield what metrics are computed from, of a run's events or one of them, in the order first stored."""
 
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Return how many events `events` would yield without a limit."""

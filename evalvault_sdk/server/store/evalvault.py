@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 from evalvault_sdk.errors import MissingDependencyError, StoreError, UnsupportedError
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.metrics import Measured, StageMetric
 from evalvault_sdk.server.store.base import EVERYTHING, EventFilter, RunEntry, RunTotals, StageTypeTotals, StoredEvent
 from evalvault_sdk.server.store.memory import MemorySnapshot
 from evalvault_sdk.server.store.rows import COLUMNS, lenient_event
@@ -152,6 +152,10 @@ class EvalVaultSnapshot:
     ) -> Iterator[StoredEvent]:
         """Yield a run's events; see `Snapshot.events`."""
         return self._run(run_id).events(run_id, which, after=after, limit=limit)
+
+    def measured(self, run_id: str, *, stage_id: str | None = None) -> Iterator[Measured]:
+        """Yield what metrics are computed from; see `Snapshot.measured`."""
+        return self._run(run_id).measured(run_id, stage_id=stage_id)
 
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Count a run's events; see `Snapshot.count`."""

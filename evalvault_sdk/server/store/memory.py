@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.metrics import Measured, StageMetric
 from evalvault_sdk.server.store.base import (
     EVERYTHING,
     PERCENTILES,
@@ -47,6 +47,11 @@ class MemorySnapshot:
                     return
                 found += 1
                 yield stored
+
+    def measured(self, run_id: str, *, stage_id: str | None = None) -> Iterator[Measured]:
+        """Yield what metrics are computed from; see `Snapshot.measured`."""
+        for _, event, _ in self.events(run_id, EventFilter(stage_id=stage_id)):
+            yield event
 
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Count a run's events; see `Snapshot.count`."""

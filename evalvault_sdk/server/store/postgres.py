@@ -95,7 +95,7 @@ _URL = re.compile(r"postgres(?:ql)?://(?:[^:@/?#\s]*(?::[^:@/?#\s]*)?@)?[^@\s]*"
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 _DIALECT = Dialect(
-    event_columns=", ".join(f"{name}::text" if name in _TEXT_COLUMNS else name for name in COLUMNS),
+    event_columns={name: f"{name}::text" for name in _TEXT_COLUMNS},
     metric_columns="run_id::text, stage_id, metric_name, score, threshold, evidence::text",
     instant=lambda time: time,
     since=":since::timestamptz",

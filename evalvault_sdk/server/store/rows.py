@@ -9,6 +9,7 @@ Pure. Both SQL stores read and write texts: JSON, and times in ISO 8601.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -18,7 +19,7 @@ import orjson
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent, parse_time
 from evalvault_sdk.jsontext import as_integer
-from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.metrics import Measured, MeasuredStage, StageMetric
 
 #: EvalVault's columns of `stage_events`, but for the number that the database gives.
 COLUMNS = (
@@ -39,6 +40,20 @@ COLUMNS = (
     "trace_id",
     "span_id",
 )
+#: What metrics are computed from, and the times, which tell a duration that is missing.
+MEASURED_COLUMNS = (
+    "run_id",
+    "stage_id",
+    "stage_type",
+    "duration_ms",
+    "attributes",
+    "metadata",
+    "started_at",
+    "finished_at",
+)
+
+#: So many lists and objects are not too deep for orjson, which writes 254 levels, however they are nested.
+_SHALLOW = 200
 
 
 def to_json(value: Any) -> str:
@@ -83,11 +98,31 @@ def event_of(row: Sequence[Any]) -> StageEvent:
     return lenient_event(fields)
 
 
+def measured_of(row: Sequence[Any]) -> Measured:
+    """Return what metrics are computed from, of the `MEASURED_COLUMNS` of a row: as `event_of` would have it."""
+    run_id, stage_id, stage_type, duration_ms, attributes, metadata, started_at, finished_at = row
+    attributes, metadata = _readable_json(attributes), _readable_json(metadata)
+    if (
+        type(duration_ms) is float
+        and 0.0 <= duration_ms < math.inf
+        and type(attributes) is dict
+        and type(metadata) is dict
+        and type(run_id) is type(stage_id) is type(stage_type) is str
+        and stage_type == stage_type.strip().lower() != ""
+        and run_id == run_id.strip() != ""
+        and stage_id
+        and "\x00" not in stage_type + run_id + stage_id
+    ):
+        return MeasuredStage(run_id, stage_id, stage_type, duration_ms, attributes, metadata)
+    fields = (run_id, stage_id, stage_type, duration_ms, attributes, metadata, started_at, finished_at)
+    return lenient_event(dict(zip(MEASURED_COLUMNS, fields, strict=True)))
+
+
 def lenient_event(fields: dict[str, Any]) -> StageEvent:
     """Return the event with these fields, which another program may have written by laxer rules than ours."""
     while True:
         try:
-            return StageEvent(**fields)
+            return StageEvent.from_dict(fields)
         except InvalidStageEventError as error:
             # Leave out the field, not the event.
             name = error.field.partition(".")[0]
@@ -120,8 +155,18 @@ def readable_time(text: str | None) -> datetime | None:
 def _readable_json(text: str | None) -> Any:
     if text is None:
         return None
+    if isinstance(text, str) and text.count("[") + text.count("{") <= _SHALLOW:
+        try:
+            return orjson.loads(text)
+        except ValueError:
+            return _odd_json(text)
+    return _odd_json(text)
+
+
+def _odd_json(text: str) -> Any:
+    """Return JSON that is deep perhaps, or what others take for JSON."""
     try:
-        value = json.loads(text, parse_int=as_integer)  # not orjson: EvalVault writes NaN as Python does
+        value = json.loads(text, parse_int=as_integer)  # EvalVault writes NaN as Python does
         orjson.dumps([[[value]]])  # as deep as our answers wrap it
     except (ValueError, TypeError, RecursionError):  # orjson's error is a TypeError
         return {"unreadable": text}

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from evalvault_sdk.server.metrics import StageMetric
+from evalvault_sdk.server.metrics import Measured, StageMetric
 from evalvault_sdk.server.store.base import (
     EVERYTHING,
     PERCENTILES,
@@ -26,7 +26,7 @@ from evalvault_sdk.server.store.base import (
     StoredEvent,
     percentile_place,
 )
-from evalvault_sdk.server.store.rows import event_of, metric_of, readable_time
+from evalvault_sdk.server.store.rows import COLUMNS, MEASURED_COLUMNS, event_of, measured_of, metric_of, readable_time
 
 #: Runs a query with its values, and returns its rows.
 Ask = Callable[[str, Mapping[str, Any]], Iterable[tuple[Any, ...]]]
@@ -45,8 +45,8 @@ _DURATIONS_AT = load_sql("durations_at.sql")
 class Dialect:
     """In what the databases differ."""
 
-    #: The columns of an event and of a metric, all as texts and numbers.
-    event_columns: str
+    #: The columns of an event (those that differ from their names) and of a metric, all as texts and numbers.
+    event_columns: Mapping[str, str]
     metric_columns: str
     #: An expression for the instant of a time column, and of the value `:since`.
     instant: Callable[[str], str]
@@ -81,10 +81,18 @@ class SqlSnapshot:
 
     def read_events(self, tail: str, values: Mapping[str, Any]) -> Iterator[StoredEvent]:
         """Yield the events that the end of a query names."""
-        query = f"SELECT id, {self._dialect.event_columns} FROM stage_events {tail}"
+        query = f"SELECT id, {self._columns(COLUMNS)} FROM stage_events {tail}"
         for place, *row in self._stream(query, values):
             size = sum(len(value) for value in row if isinstance(value, str))
             yield StoredEvent(place, event_of(row), size)
+
+    def measured(self, run_id: str, *, stage_id: str | None = None) -> Iterator[Measured]:
+        """Yield what metrics are computed from; see `Snapshot.measured`."""
+        where, values = self._where(run_id, EventFilter(stage_id=stage_id))
+        columns = self._columns(MEASURED_COLUMNS)
+        yield from map(
+            measured_of, self._stream(f"SELECT {columns} FROM stage_events WHERE {where} ORDER BY id", values)
+        )
 
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Count a run's events; see `Snapshot.count`."""
@@ -176,6 +184,9 @@ class SqlSnapshot:
         where = " AND ".join(f"{name} = :{name}" for name in values)
         query = f"SELECT {self._dialect.metric_columns} FROM stage_metrics WHERE {where} ORDER BY id"
         yield from map(metric_of, self._stream(query, values))
+
+    def _columns(self, names: Iterable[str]) -> str:
+        return ", ".join(self._dialect.event_columns.get(name, name) for name in names)
 
     def _where(self, run_id: str, which: EventFilter) -> tuple[str, dict[str, Any]]:
         values = {"run_id": run_id}

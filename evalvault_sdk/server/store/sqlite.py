@@ -43,7 +43,7 @@ _UPSERTS = tuple(
     for size in ((512, 32, 1) if sqlite3.sqlite_version_info >= (3, 32) else (32, 1))
 )
 _DIALECT = Dialect(
-    event_columns=", ".join(COLUMNS),
+    event_columns={},
     metric_columns="run_id, stage_id, metric_name, score, threshold, evidence",
     instant=lambda time: f"julianday({time})",  # knows offsets; the text may have any
     since="julianday(:since)",
