@@ -35,6 +35,9 @@ _SCHEMA = (
     "sqlite_0002_reading_indexes.sql",
     "sqlite_0003_totals_index.sql",
 )
+#: Pages of 4 KiB in the side file, after which they are written into the file itself: a page that many batches
+#: change is written once. SQLite's own 1,000 cost a tenth of the rate.
+_CHECKPOINT_PAGES = 8_000
 _UPSERT = load_sql("sqlite_upsert.sql")
 _ROW_OF_VALUES = f"({', '.join('?' * len(COLUMNS))})"
 #: How many rows go into one statement, and the statement: SQLite before 3.32 takes no more than 999 values.
@@ -83,6 +86,7 @@ class SQLiteStore(SqlStore):
             try:
                 self._writer.execute("PRAGMA journal_mode=WAL")
                 self._writer.execute("PRAGMA synchronous=FULL")
+                self._writer.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")
                 self._apply_schema(self._writer)
             except BaseException:
                 self._writer.close()
