@@ -82,7 +82,7 @@ class PostgreSQL:
 
     def raw(self, rows: Sequence[Row], batch: int) -> dict[str, float]:
         """Store by COPY into the table, and by COPY and a merge that replaces; see `Database.raw`."""
-        merge = load_sql("postgres_merge.sql").format(run_type="text", json_type="json")
+        merge = load_sql("postgres_merge.sql").format(run_type="text", json_type="json", sequence="stage_events_id_seq")
         columns = ", ".join(COLUMNS)
         half = len(rows) // 2
         with psycopg.connect(self.address, autocommit=True) as connection:
