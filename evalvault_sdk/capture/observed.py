@@ -118,20 +118,21 @@ class ObservedStages:
         """Whether `key` was begun, or left out, not too long ago."""
         return key in self._open or key in self._known
 
-    def end(self, key: Hashable, error: BaseException | None = None, *, ended_perf_ns: int | None = None) -> None:
-        """
-        Record the stage of `key`, which ended with `error` or without. What is not open is left alone.
-
-        It ended now, or at `ended_perf_ns` of the monotonic clock, where what it was became known only later.
-        """
-        if ended_perf_ns is None:
-            ended_perf_ns = clock.perf_counter_ns()
+    def take(self, key: Hashable) -> StageContext | None:
+        """Take the open stage of `key` out: to whoever has it, it is up to record it, when more is known of it."""
         stage = self._open.pop(key, None)
         if stage is not None:
             self._remember(key, _Ended(stage))
-            stage._end(error, ended_perf_ns)
         elif isinstance(around := self._known.get(key), StageContext):  # it was left out
             self._known[key] = _Ended(around)
+        return stage
+
+    def end(self, key: Hashable, error: BaseException | None = None) -> None:
+        """Record the stage of `key`, which ended now, with `error` or without. What is not open is left alone."""
+        ended_perf_ns = clock.perf_counter_ns()
+        stage = self.take(key)
+        if stage is not None:
+            stage._end(error, ended_perf_ns)
 
     def close(self, why: str = EVICTED) -> None:
         """End all that is open as `cancelled`."""

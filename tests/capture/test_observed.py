@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from evalvault_sdk import StageTracer, current_stage, trace_headers
-from evalvault_sdk.capture import clock as monotonic
-from evalvault_sdk.capture import context
+from evalvault_sdk.capture import clock, context
 from evalvault_sdk.capture.observed import EVICTED, ObservedStages
 from evalvault_sdk.testing import FakeClock, RecordedStages, record_stages
 
@@ -185,14 +184,20 @@ def test_nothing_of_a_parents_content_is_kept_for_what_was_left_out_and_has_ende
     assert not any(hasattr(scope, "attributes") for scope in observed._known.values())
 
 
-def test_an_end_may_be_told_later_than_it_was(observed: ObservedStages, recorded: RecordedStages) -> None:
-    with FakeClock() as clock:
-        observed.begin("llm", None, "output")
-        clock.advance(2)
-        ended_perf_ns = monotonic.perf_counter_ns()
-        clock.advance(60)
-        observed.end("llm", ended_perf_ns=ended_perf_ns)
-    assert recorded.find("output").event.duration_ms == 2000
+def test_what_is_taken_is_recorded_by_whoever_took_it_and_never_given_up(
+    tracer: StageTracer, recorded: RecordedStages
+) -> None:
+    observed = ObservedStages(tracer, max_open=1)
+    observed.begin("llm", None, "output")
+    stage = observed.take("llm")
+    assert stage is not None
+    assert observed.take("llm") is None
+    run(observed, "late", "llm")
+    observed.end("llm")
+    observed.close()
+    assert recorded.outline() == "late"
+    stage._end(None, clock.perf_counter_ns())
+    assert recorded.outline() == "output\n  late"
     assert observed.knows("llm")
     assert not observed.knows("other")
 
