@@ -186,7 +186,7 @@ def _first(places: list[Any], names: Sequence[str], read: Callable[[Any], T | No
 
 def _get(thing: Any, name: str) -> Any:
     try:
-        if isinstance(thing, Mapping):
+        if type(thing) is dict or isinstance(thing, Mapping):
             return thing.get(name)
         return getattr(thing, name, None)
     except Exception:  # noqa: BLE001 - a property that raises is one that is not there
