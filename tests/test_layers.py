@@ -48,6 +48,7 @@ ONLY_IN = {
     "yaml": set(),  # by name, in server/files.py, when a file is read
     "opentelemetry": {"server/otlp/protobuf.py", "integrations/opentelemetry.py", "delivery/transport/otlp.py"},
     "google": {"server/otlp/protobuf.py", "delivery/transport/otlp.py"},
+    "langchain_core": {f"integrations/langchain/{name}.py" for name in ("current", "handler", "instrument")},
     "typer": {"cli/app.py"},
     "rich": {"cli/app.py", "cli/demo.py", "cli/draw.py"},
     "prometheus_client": {"integrations/prometheus.py", "server/telemetry.py"},
