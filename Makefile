@@ -5,6 +5,7 @@
 #   make test       the test suite
 #   make test-all   the test suite on every Python 3.10 to 3.13 found here
 #   make interop    the same data in our hands and in those of the real EvalVault 1.88 (Python 3.12, a gigabyte)
+#   make frameworks  the integrations against the oldest and the newest versions of their frameworks; NAMES=...
 #   make beside     the SDK in one environment with the newest LangChain, LlamaIndex, Haystack and ragas
 #   make soak       a million events in an outage, then five minutes of programs that are killed and a server that
 #                   fails; SECONDS=60 SEED=7 to choose
@@ -19,7 +20,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SECONDS ?= 300
 
-.PHONY: demo test test-all interop interop-here beside soak fuzz fuzz-here docs docs-here lint format bench bench-here dist clean
+.PHONY: demo test test-all interop interop-here beside frameworks soak fuzz fuzz-here docs docs-here lint format bench bench-here
+.PHONY: dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -35,6 +37,9 @@ test-all:
 	  echo "== Python $$version ($$python)"; \
 	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	done
+
+frameworks:
+	sh tests/tools/frameworks.sh "$(PYTHON)" .venv-frameworks $(NAMES)
 
 # EvalVault has an environment of its own: it pins other versions than `dev` wants, and needs a newer Python.
 interop:
@@ -92,7 +97,7 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-3.* .venv-interop .venv-beside .venv-bench .venv-fuzz .venv-docs build dist
+	rm -rf .venv .venv-3.* .venv-interop .venv-beside .venv-frameworks .venv-bench .venv-fuzz .venv-docs build dist
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
