@@ -118,3 +118,9 @@ def test_every_metric_of_a_known_stage_type_is_named_and_every_threshold() -> No
     named = {next(code_spans(row[0])) for row in ROWS}
     of_types = {f"{kind}.{what}" for kind, names in SPECIAL_METRICS.items() if kind != "*" for what in names}
     assert named == of_types | set(DEFAULT_THRESHOLDS)
+
+
+def test_the_page_of_the_examples_names_each() -> None:
+    folder = ROOT / "examples/rag_tracing"
+    named = {next(code_spans(row[0])) for row in table_rows((folder / "README.md").read_text(encoding="utf-8"))}
+    assert {path.name for path in folder.glob("*.py")} <= named
