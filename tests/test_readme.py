@@ -74,9 +74,9 @@ def test_the_recipes_for_deploying_use_variables_that_there_are() -> None:
 BLOCKS = [block for block in code_blocks("python", README) if "from evalvault." not in block]
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_every_block_of_code_runs(server: LiveServer, tmp_path: Path, number: int) -> None:
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     done = run_block(BLOCKS[number], tmp_path, server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""

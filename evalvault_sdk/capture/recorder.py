@@ -209,6 +209,20 @@ class Recorder:
         except Exception:  # noqa: BLE001,S110 - a sink that fails even at counting
             pass
 
+    def misread(self, framework: str, error: BaseException) -> None:
+        """Count that what a framework told could not be read, and say so; of the error only its kind."""
+        try:
+            self.setup.sink.note("hook_errors", 1)
+            self._log.warn(
+                f"{framework} {type(error).__name__}",
+                "what %s told could not be read (%s): a stage of it may be incomplete, or end late; "
+                "further errors are counted in stats() as 'hook_errors'",
+                framework,
+                type(error).__name__,
+            )
+        except Exception:  # noqa: BLE001,S110 - a sink that fails even at counting
+            pass
+
     def fault(self, doing: str, error: Exception, reason: RefusalReason = "internal_error") -> None:
         """Count an event lost to `error`, and say so; of the error only its kind, since its text may quote content."""
         try:

@@ -66,7 +66,7 @@ class EvalVaultSpanProcessor(SpanProcessor):
             for oldest in list(itertools.islice(self._known, max(0, len(self._known) - _MAX_KNOWN))):
                 self._known.pop(oldest, None)
         except Exception as error:  # noqa: BLE001 - another thread changed the dict, or a span of another make
-            self._recorder.fault("beginning a span", error)
+            self._recorder.misread("OpenTelemetry", error)
 
     def on_end(self, span: ReadableSpan) -> None:
         """Record a span."""

@@ -40,7 +40,10 @@ _COUNTERS = {
 _NOTES = {
     "sampled_out": (_PREFIX + "sampled_out", "Stages of traces that were not drawn, and so not recorded."),
     "truncated": ("evalvault_sdk_fields_truncated", "Fields of events that were cut to the limits."),
-    "hook_errors": ("evalvault_sdk_hook_errors", "Functions of the program, or payload stores, that raised."),
+    "hook_errors": (
+        "evalvault_sdk_hook_errors",
+        "Functions of the program, or payload stores, that raised; what a framework told and could not be read.",
+    ),
 }
 _GAUGES = {
     "queued": "Events in memory that wait to be sent.",

@@ -44,7 +44,7 @@ def _harmless(callback: F) -> F:
         try:
             callback(self, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the host program must not feel our faults
-            self.runs.recorder.fault("observing LangChain", error)
+            self.runs.recorder.misread("LangChain", error)
 
     return called  # type: ignore[return-value]
 

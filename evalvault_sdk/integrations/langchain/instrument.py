@@ -184,7 +184,7 @@ def _stage(runs: Runs, compressor: Any, args: tuple[Any, ...], kwargs: dict[str,
             "rerank", stage_name=type(compressor).__name__, parent=runs.observed.get(key), attributes=attributes
         )
     except Exception as error:  # noqa: BLE001 - the host program must not feel our faults
-        runs.recorder.fault("observing a document compressor", error)
+        runs.recorder.misread("a document compressor of LangChain", error)
         return None
 
 
@@ -193,7 +193,7 @@ def _kept(stage: StageContext | None, result: Any) -> None:
         try:
             stage.set(output_count=_count(result), **documents_of(result))
         except Exception as error:  # noqa: BLE001 - see above
-            stage._recorder.fault("observing a document compressor", error)
+            stage._recorder.misread("a document compressor of LangChain", error)
 
 
 def _count(found: Any) -> int | None:

@@ -56,7 +56,7 @@ def _harmless(method: F) -> F:
         try:
             method(self, *arguments)
         except Exception as error:  # noqa: BLE001 - objects of other versions, and of the program's own making
-            self._recorder.hook_failed("llama_index", error)
+            self._recorder.misread("LlamaIndex", error)
 
     return called  # type: ignore[return-value]
 
