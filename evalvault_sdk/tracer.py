@@ -57,8 +57,10 @@ class StageTracer(Stages):
         **settings: Unpack[SettingArguments],
     ) -> None:
         self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
-        self._outbox = open_outbox(self.settings, transport)
-        super().__init__(_recorder(self.settings, self._outbox.queue if self.settings.enabled else NOWHERE.setup.sink))
+        encoder = _encoder(self.settings)
+        self._outbox = open_outbox(self.settings, transport, finish=encoder.finish)
+        sink = self._outbox.queue if self.settings.enabled else NOWHERE.setup.sink
+        super().__init__(_recorder(self.settings, sink, encoder))
         # When nobody can record any more (tracer, open stages and decorated functions all refer to the
         # recorder), the thread delivers what it has, and ends with the last tracer.
         self._finalizer = weakref.finalize(self._recorder, Outbox.close, self._outbox)
@@ -111,26 +113,32 @@ class StageTracer(Stages):
         return f"StageTracer(run_id={self.run_id!r}, destination={self.destination!r})"
 
 
-def _recorder(settings: Settings, sink: Sink) -> Recorder:
+def _encoder(settings: Settings) -> Encoder:
+    return Encoder(
+        Limits(
+            max_attribute_bytes=settings.max_attribute_bytes,
+            max_event_bytes=settings.max_event_bytes,
+            max_depth=settings.max_depth,
+            max_items=settings.max_items,
+        ),
+        Redactor(secrets=settings.scrub_secrets, personal=settings.personal_data),
+        content=settings.content,
+        mask=settings.mask,
+    )
+
+
+def _recorder(settings: Settings, sink: Sink, encoder: Encoder) -> Recorder:
     sampling = Sampling(
         rate=settings.sample_rate,
         keep_errors=settings.sample_keep_errors,
         keep_slow_ms=settings.sample_keep_slow_ms,
     )
+    console = settings.console and settings.enabled
     return Recorder(
         settings.run_id,
-        Console(sink) if settings.console and settings.enabled else sink,
-        encoder=Encoder(
-            Limits(
-                max_attribute_bytes=settings.max_attribute_bytes,
-                max_event_bytes=settings.max_event_bytes,
-                max_depth=settings.max_depth,
-                max_items=settings.max_items,
-            ),
-            Redactor(secrets=settings.scrub_secrets, personal=settings.personal_data),
-            content=settings.content,
-            mask=settings.mask,
-        ),
+        Console(sink) if console else sink,
+        encoder=encoder,
+        takes_drafts=not console,
         sampling=sampling if sampling.rate < 1 else None,
         payload_store=settings.payload_store,
         traceback_frames=settings.traceback_frames,

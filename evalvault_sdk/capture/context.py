@@ -67,11 +67,10 @@ class Trace:
 class Scope:
     """A place in the program that stages are recorded in: an open stage, or an open trace."""
 
-    __slots__ = ("_before", "_open", "_outer", "_recorder", "_trace", "span_id", "stage_id")
+    __slots__ = ("_before", "_open", "_outer", "_recorder", "_span_id", "_stage_id", "_trace")
 
-    #: The parent of stages in this scope, if there is any.
-    stage_id: str | None
-    span_id: str | None
+    _stage_id: str | None
+    _span_id: str | None
     _recorder: Recorder
     _trace: Trace
     #: The scope around it, as long as this one is open: what has ended must not keep alive what ended before it.
@@ -81,6 +80,16 @@ class Scope:
     _open: bool
     #: Whether a framework told of it, so that it was never made `open_scope`.
     _is_observed = False
+
+    @property
+    def stage_id(self) -> str | None:
+        """The parent of stages in this scope, if there is any: a UUIDv7 of 36 characters."""
+        return self._stage_id
+
+    @property
+    def span_id(self) -> str | None:
+        """The span that this scope is in W3C Trace Context: 16 hexadecimal digits."""
+        return self._span_id
 
     def is_around(self, scope: Scope | None) -> bool:
         """Whether `scope` is this one, or one inside it."""
@@ -142,11 +151,12 @@ def is_in_stage_of(scope: Scope | None, span_id: str) -> bool:
 
 
 def place(
-    outer: Scope | None, run_id: str, stage_id: str, parent_id: str | None, trace_id: str | None
-) -> tuple[str | None, Trace, bool]:
+    outer: Scope | None, recorder: Recorder, parent_id: str | None, trace_id: str | None
+) -> tuple[str | None, Trace | None]:
     """
-    Return the parent and the trace of a new stage, what was given or else those of the scope around it, and whether
-    the trace is new.
+    Return the parent and the trace of a new stage: what was given, or else those of the scope around it.
+
+    None is a trace of the stage's own, which gets its id from that of the stage.
 
     A trace goes through all runs that a request touches; a parent is one only within the same run, since
     that is where EvalVault looks it up. A given parent id tells its trace if that stage opened it; of any
@@ -154,15 +164,15 @@ def place(
     is of the same trace.
     """
     if outer is None:
-        if trace_id is None:
-            trace_id = trace_id_of(parent_id if _is_our_id(parent_id) else stage_id)
-        return parent_id, Trace(trace_id), True
+        if trace_id is None and _is_our_id(parent_id):
+            trace_id = trace_id_of(parent_id)
+        return parent_id, None if trace_id is None else Trace(trace_id)
     trace = outer._trace
     if trace_id is not None and trace_id != trace.trace_id:
-        return parent_id, Trace(trace_id, trace.metadata), True
-    if parent_id is None and outer._recorder.run_id == run_id:
+        return parent_id, Trace(trace_id, trace.metadata)
+    if parent_id is None and (outer._recorder is recorder or outer._recorder.run_id == recorder.run_id):
         parent_id = outer.stage_id
-    return parent_id, trace, False
+    return parent_id, trace
 
 
 def as_id(value: Any) -> str:

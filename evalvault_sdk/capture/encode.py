@@ -6,19 +6,21 @@ Out:  UTF-8 JSON that EvalVault's rules accept.
 Caller's thread. Never raises (but for KeyboardInterrupt and its like), never changes what it is given.
 
 Two ways: orjson at once, for small values of JSON's own types without anything to redact; else through
-`capture.plain`. orjson must never run Python (a `default=` hook, a time zone written in Python) while it is inside
+`capture.plain`. Whether a text holds a secret is seen in the encoded bytes, and may be looked for later, by `finish`.
+orjson must never run Python (a `default=` hook, a time zone written in Python) while it is inside
 a dict: another thread that adds a key meanwhile would crash the interpreter.
 """
 
 from __future__ import annotations
 
-import datetime as dt
+import struct
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
 import orjson
 
+from evalvault_sdk.capture import draft
 from evalvault_sdk.capture.plain import Content, Limits, Walk
 from evalvault_sdk.capture.redact import Redactor
 from evalvault_sdk.oversize import shrink
@@ -42,29 +44,35 @@ _MASKED = {"redacted": "the function given as mask= failed"}
 _MAX_KEY = 128
 #: How large a stored payload may be, next to an event.
 _PAYLOAD_FACTOR = 64
+#: Bytes of an event that are left for its ids and times, and for saying what was taken out.
+_HEAD_ROOM = 2048
 
-_second: tuple[int, str] = (0, "")
 
-
-class Notes(Protocol):
-    """Who is told what happened on the way."""
+class Counter(Protocol):
+    """Who is told how often something happened."""
 
     def note(self, what: Any, count: int = 1) -> None:
         """Count something."""
+
+
+class Notes(Counter, Protocol):
+    """Who is told what happened on the way."""
 
     def hook_failed(self, hook: str, error: BaseException) -> None:
         """Count that a function of the user's raised, and say so."""
 
 
-def iso_time(time_ns: int) -> str:
-    """Return Unix time in nanoseconds as ISO 8601 in UTC with microseconds and offset."""
-    global _second
-    second, fraction = divmod(time_ns, 1_000_000_000)
-    known, prefix = _second
-    if second != known:
-        prefix = dt.datetime.fromtimestamp(second, dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.")
-        _second = (second, prefix)
-    return f"{prefix}{fraction // 1000:06d}+00:00"
+@attrs.frozen
+class _WithoutHooks:
+    """Where there is no function of the user's that could fail."""
+
+    counter: Counter
+
+    def note(self, what: Any, count: int = 1) -> None:
+        self.counter.note(what, count)
+
+    def hook_failed(self, hook: str, error: BaseException) -> None:
+        pass
 
 
 class Encoder:
@@ -83,24 +91,40 @@ class Encoder:
         self._content = content
         self._mask = mask
         self._look_at_all = content != "all" or mask is not None or self._redactor.personal
-        self._max_event = self._limits.max_event_bytes
-        self._max_text = self._limits.max_attribute_bytes // _CHARACTER_BYTES - 1
+        self._max_items, self._max_depth = self._limits.max_items, self._limits.max_depth
+        self._max_bytes, self._max_event = self._limits.max_attribute_bytes, self._limits.max_event_bytes
+        # An event of several fields at once is as large as one of them may be at most.
+        self._max_small = min(self._max_bytes, self._max_event - _HEAD_ROOM)
+        self._max_text = self._max_bytes // _CHARACTER_BYTES - 1
         # A value counts for so many bytes that no more than `max_items` of them fit into the bytes of an attribute.
-        self._value_bytes = max(_NUMBER_BYTES, self._limits.max_attribute_bytes // self._limits.max_items + 1)
+        self._value_bytes = max(_NUMBER_BYTES, self._max_bytes // self._max_items + 1)
+
+    def draft(self, numbers: draft.Numbers, fields: dict[str, Any]) -> bytes | None:
+        """
+        Return an event of which only `fields` are encoded, to be finished later; None if that does not do.
+
+        It may hold secrets: nobody but `finish` is to see it.
+        """
+        content = self._at_once(fields)
+        try:
+            return None if content is None else draft.pack(numbers, content)
+        except struct.error:  # the clock is set to a time that no number holds
+            return None
+
+    def finish(self, drafted: bytes, counter: Counter) -> bytes | None:
+        """Return the event of a draft as JSON bytes; None as for `encode`."""
+        numbers, content = draft.unpack(drafted)
+        head = draft.fields_of(numbers)
+        if self._redactor.may_hold_secret(content):
+            return self._thorough({**head, **orjson.loads(content)}, _WithoutHooks(counter))
+        return orjson.dumps(head)[:-1] + b"," + content[1:]
 
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
-        if not self._look_at_all:
-            try:
-                if self._is_small(fields):
-                    event = orjson.dumps(fields, option=_OPTIONS)
-                    if len(event) <= self._max_event:
-                        content_at = event.find(b'"stage_type":')  # what comes before are ids and times
-                        if not self._redactor.may_hold_secret(event, content_at):
-                            return event
-            except Exception:  # noqa: BLE001,S110 - something that orjson alone has no form for
-                pass
-        return self._thorough(fields, notes)
+        event = self._at_once(fields)
+        if event is None or self._redactor.may_hold_secret(event):
+            return self._thorough(fields, notes)
+        return event
 
     def snapshot(self, attributes: dict[str, Any], notes: Notes) -> dict[str, Any]:
         """Return attributes as they are now, as plain JSON values."""
@@ -124,31 +148,58 @@ class Encoder:
 
     # -- the fast way: is there anything to be careful about? -----------------------------------------
 
-    def _is_small(self, fields: dict[str, Any]) -> bool:
-        stage_type, status, name = fields["stage_type"], fields["status"], fields.get("stage_name", "")
-        if not (type(stage_type) is type(status) is type(name) is str):
-            return False
-        if len(stage_type) + len(status) + len(name) > _MAX_FIELD or "input_ref" in fields or "output_ref" in fields:
-            return False
-        metadata = fields.get("metadata")
-        return self._are_small(fields["attributes"]) and (not metadata or self._are_small(metadata))
+    def _at_once(self, fields: dict[str, Any]) -> bytes | None:
+        """Return fields as JSON, if there is nothing to be careful about but secrets in texts; else None."""
+        if self._look_at_all:
+            return None
+        try:
+            stage_type, status, name = fields["stage_type"], fields["status"], fields.get("stage_name", "")
+            if not (type(stage_type) is type(status) is type(name) is str):
+                return None
+            if (
+                len(stage_type) + len(status) + len(name) > _MAX_FIELD
+                or "input_ref" in fields
+                or "output_ref" in fields
+            ):
+                return None
+            if not self._are_small(fields["attributes"]):
+                return None
+            if "metadata" in fields and not self._are_small(fields["metadata"]):
+                return None
+            encoded = orjson.dumps(fields, option=_OPTIONS)
+            return encoded if len(encoded) <= self._max_small else None
+        except Exception:  # noqa: BLE001 - something that orjson alone has no form for
+            return None
 
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
         verdicts, max_text = self._redactor.verdicts, self._max_text
-        max_depth, max_bytes = self._limits.max_depth, self._limits.max_attribute_bytes
-        if len(values) > self._limits.max_items:
+        max_items, max_depth, max_bytes = self._max_items, self._max_depth, self._max_bytes
+        if len(values) > max_items:
             return False
         for key, value in values.items():
-            if verdicts.get(key, True) and (len(key) > _MAX_KEY or self._redactor.is_secret(key)):
-                return False  # of a long key there is no verdict by heart
+            if verdicts[key] if key in verdicts else self._tells_a_secret(key):
+                return False
             kind = type(value)
             if kind is str:
                 if len(value) > max_text:
                     return False
-            elif kind not in _SCALARS and self._size(value, kind, max_depth, max_bytes) > max_bytes:
+            elif kind in _SCALARS:
+                pass
+            elif kind is list and len(value) > max_items:
+                return False
+            elif kind is list and value and type(value[0]) is str:
+                # Ids, mostly. Joined, which only texts can be; but if the first is long, the others are not looked at.
+                if len(value[0]) * len(value) > max_text or len("".join(value)) > max_text:
+                    return False
+            elif kind is list and _SCALARS.issuperset(map(type, value)):
+                pass  # scores, mostly
+            elif self._size(value, kind, max_depth, max_bytes) > max_bytes:
                 return False
         return True
+
+    def _tells_a_secret(self, key: str) -> bool:
+        return len(key) > _MAX_KEY or self._redactor.is_secret(key)  # of a long key there is no verdict by heart
 
     def _size(self, value: Any, kind: type, depth: int, room: int) -> int:
         """Return the bytes of JSON that `value` takes at most, or more than `room` if orjson should not see it."""
@@ -161,16 +212,7 @@ class Encoder:
         if depth <= 0 or size > room:
             return _NOT_PLAIN
         if kind is not dict:
-            # The lists of RAG are mostly ids or scores: a few steps in C.
-            if count and type(value[0]) is str:
-                try:
-                    size += sum(map(len, value)) * _CHARACTER_BYTES
-                    if size <= room and "".join(value) is not None:  # all of them are texts
-                        return size
-                except TypeError:
-                    pass
-                return _NOT_PLAIN
-            if set(map(type, value)) <= _SCALARS:
+            if _SCALARS.issuperset(map(type, value)):  # scores, mostly: a few steps in C
                 return size
             for item in value:
                 size += self._size(item, type(item), depth - 1, room - size)
@@ -178,9 +220,7 @@ class Encoder:
                     break
             return size
         for key, item in value.items():
-            if type(key) is not str or (
-                self._redactor.verdicts.get(key, True) and (len(key) > _MAX_KEY or self._redactor.is_secret(key))
-            ):
+            if type(key) is not str or self._tells_a_secret(key):
                 return _NOT_PLAIN
             size += len(key) * _CHARACTER_BYTES + self._size(item, type(item), depth - 1, room - size)
             if size > room:

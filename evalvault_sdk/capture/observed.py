@@ -207,7 +207,7 @@ class _Ended(Scope):
 
     def __init__(self, stage: StageContext) -> None:
         self._recorder, self._trace = stage._recorder, stage._trace
-        self.stage_id, self.span_id = stage.stage_id, stage.span_id
+        self._stage_id, self._span_id = stage.stage_id, stage.span_id
         self._outer = self._before = None
         self._open = False
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import attrs
 
 from evalvault_sdk.capture.context import Trace
+from evalvault_sdk.capture.draft import Numbers, fields_of
 from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.sample import Sampling, release
 from evalvault_sdk.log import Rarely
@@ -48,6 +49,8 @@ class Setup:
     run_id: str
     sink: Sink
     encoder: Encoder
+    #: Whether the sink takes drafts: has `encoder.finish` called for what is to leave the memory.
+    takes_drafts: bool = False
     #: None: everything is recorded.
     sampling: Sampling | None = None
     payload_store: PayloadStore | None = None
@@ -69,6 +72,7 @@ class Recorder:
         log: Rarely | None = None,
         *,
         encoder: Encoder | None = None,
+        takes_drafts: bool = False,
         sampling: Sampling | None = None,
         payload_store: PayloadStore | None = None,
         traceback_frames: int = 0,
@@ -81,6 +85,7 @@ class Recorder:
                 run_id=run_id,
                 sink=sink,
                 encoder=encoder or Encoder(),
+                takes_drafts=takes_drafts,
                 sampling=sampling,
                 payload_store=payload_store,
                 traceback_frames=traceback_frames,
@@ -126,15 +131,26 @@ class Recorder:
             setup,
             run_id=setup.run_id or "test",
             sink=sink,
+            takes_drafts=False,
             sampling=None,
             enabled=True,
             payload_store=payload_store if setup.payload_store is not None else None,
         )
 
-    def record(self, fields: dict[str, Any], trace: Trace | None = None) -> bool:
-        """Encode an event, put it into the sink unless its trace is not drawn; say whether it was taken."""
+    def record(self, fields: dict[str, Any], trace: Trace | None = None, numbers: Numbers | None = None) -> bool:
+        """
+        Encode an event, put it into the sink unless its trace is not drawn; say whether it was taken.
+
+        `numbers` are the stage's own ids and times, where `fields` do not have them.
+        """
         try:
             setup = self.setup
+            if numbers is not None:
+                if setup.takes_drafts and setup.sampling is None:
+                    draft = setup.encoder.draft(numbers, fields)
+                    if draft is not None:
+                        return setup.sink.put(draft) or self._not_taken(draft)
+                fields = {**fields_of(numbers), **fields}
             if setup.sampling is not None:
                 return setup.sampling.record(self, fields, trace)
             event = setup.encoder.encode(fields, self)

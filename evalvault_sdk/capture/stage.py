@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 from evalvault_sdk.capture import clock, context
 from evalvault_sdk.capture.call import CallCapture
-from evalvault_sdk.capture.context import Scope, as_id, here, is_in_stage_of, leave, open_scope, place
-from evalvault_sdk.capture.encode import iso_time
+from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, leave, open_scope, place
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import cancellation, describe_error
 from evalvault_sdk.events import StagePayloadRef
-from evalvault_sdk.ids import new_stage_id, span_id_of
+from evalvault_sdk.ids import digits_of, new_random_bits, span_id_of, stage_id_of
 
 T = TypeVar("T")
 
@@ -42,12 +41,13 @@ class StageContext(Scope):
     __slots__ = (
         "_call",
         "_given",
+        "_made_from",
         "_opened_trace",
         "_own",
         "_parent",
+        "_random_bits",
         "_started_ns",
         "_started_perf_ns",
-        "_template",
         "_trace_id",
         "attempt",
         "attributes",
@@ -68,12 +68,15 @@ class StageContext(Scope):
     #: The ids: None until the block is entered.
     trace_id: str | None
     parent_stage_id: str | None
+    #: Unix time; None until the block is entered.
+    _started_ns: int | None
+    _random_bits: int
+    _made_from: StageContext | None
 
     def __init__(
         self,
         recorder: Recorder,
         stage_type: str | None,
-        *,
         stage_name: str | None = None,
         parent: Scope | None = None,
         parent_stage_id: str | None = None,
@@ -87,26 +90,53 @@ class StageContext(Scope):
     ) -> None:
         self._recorder = recorder
         self.stage_type = "stage" if stage_type is None else stage_type
+        # In one tuple: nobody wants them but who enters it again.
         self._given = (
-            (stage_type, stage_name, parent_stage_id, trace_id, attempt, input_ref, output_ref),
+            stage_type,
+            stage_name,
+            parent_stage_id,
+            trace_id,
+            attempt,
+            input_ref,
+            output_ref,
             attributes,
             metadata,
         )
         self.stage_name = stage_name
         self._parent = parent
         self.parent_stage_id = parent_stage_id
-        self._trace_id = trace_id if trace_id is None else as_id(trace_id)
+        self._trace_id = None if trace_id is None else as_id(trace_id)
         self.attempt = attempt
         self.attributes = self._own = {} if attributes is None else as_object(attributes).copy()
         self.metadata = {} if metadata is None else as_object(metadata).copy()
         self.input_ref = input_ref
         self.output_ref = output_ref
         self.status = "success"
-        self.stage_id = self.trace_id = self.span_id = None
+        # `_made_from` None: from itself. A reference to itself would leave every stage to the garbage collector.
+        self._made_from = self._stage_id = self.trace_id = self._span_id = self._started_ns = None
         self._open = False
-        self._outer = self._before = None
-        self._template: StageContext = self
         self._call = call
+
+    @property
+    def _template(self) -> StageContext:
+        """The stage that the program made, of which this one is an entry."""
+        return self._made_from or self
+
+    # Most stages are never asked for their ids: these are made from numbers when somebody does, or the worker.
+
+    @property
+    def stage_id(self) -> str | None:
+        """The stage's own id, a UUIDv7 of 36 characters; None until the block is entered."""
+        if self._stage_id is None and self._started_ns is not None:
+            self._stage_id = stage_id_of(digits_of(self._started_ns, self._random_bits))
+        return self._stage_id
+
+    @property
+    def span_id(self) -> str | None:
+        """The span that the stage is in W3C Trace Context, 16 hexadecimal digits; None until the block is entered."""
+        if self._span_id is None and (stage_id := self.stage_id) is not None:
+            self._span_id = span_id_of(stage_id)
+        return self._span_id
 
     def set(self, /, **attributes: Any) -> None:
         """Add attributes: `stage.set(query=query, top_k=5)`."""
@@ -154,10 +184,10 @@ class StageContext(Scope):
         before = outer = open_scope.get()
         if context.finders:
             outer = here()
-        if self._open or (self.stage_id is not None and self.is_around(outer)):
+        if self._open or (self._started_ns is not None and self.is_around(outer)):
             # In a recursion, in another thread, or in what began inside: each entry is a stage with a clock of its own.
             return self._again().__enter__()
-        if self.stage_id is not None:
+        if self._started_ns is not None:
             self._start_over()
         self._start(outer)
         self._before = before
@@ -167,22 +197,19 @@ class StageContext(Scope):
     def _start(self, outer: Scope | None) -> None:
         """Begin, in the scope `outer` or below the given parent."""
         self._open = True
-        started_ns = clock.time_ns()
-        stage_id = new_stage_id(started_ns)
-        self.stage_id = stage_id
+        self._started_ns = started_ns = clock.time_ns()
+        self._random_bits = random_bits = new_random_bits()
         self._outer = self._before = outer
-        self.parent_stage_id, self._trace, self._opened_trace = place(
-            outer if self._parent is None else self._below() or outer,
-            self._recorder.run_id,
-            stage_id,
-            self.parent_stage_id,
-            self._trace_id,
-        )
-        self.trace_id = self._trace.trace_id
-        self.span_id = span_id_of(stage_id)
+        if self._parent is not None:
+            outer = self._below() or outer
+        self.parent_stage_id, trace = place(outer, self._recorder, self.parent_stage_id, self._trace_id)
+        if trace is None:
+            trace = Trace(digits_of(started_ns, random_bits))
+        self._opened_trace = outer is None or trace is not outer._trace
+        self._trace = trace
+        self.trace_id = trace.trace_id
         if "opentelemetry.trace" in _modules and (span := current_span()) is not None:
             self._take_over(span)
-        self._started_ns = started_ns
         self._started_perf_ns = clock.perf_counter_ns()
 
     def _below(self) -> Scope | None:
@@ -194,22 +221,23 @@ class StageContext(Scope):
         if self._opened_trace and self._trace_id is None and self.parent_stage_id is None:
             self._trace.trace_id = self.trace_id = span[0]
         if span[0] == self.trace_id and not is_in_stage_of(self._outer, span[1]):
-            self.span_id = span[1]
+            self._span_id = span[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         ended_perf_ns = clock.perf_counter_ns()
         scope = open_scope.get()
-        if scope is not self:
-            # Left out of order, or entered more than once: the innermost open stage of this context that
-            # came from this object; where there is none (left in another context), this object itself.
-            while scope is not None and not (
-                isinstance(scope, StageContext) and scope._open and scope._template is self
-            ):
-                scope = scope._outer
-            if scope is None:
-                scope = self
+        if scope is self and self._open:  # as it is almost always
+            open_scope.set(self._before)
+            self._end(error, ended_perf_ns)
+            return
+        # Left out of order, or entered more than once: the innermost open stage of this context that
+        # came from this object; where there is none (left in another context), this object itself.
+        while scope is not None and not (isinstance(scope, StageContext) and scope._open and scope._template is self):
+            scope = scope._outer
+        if scope is None:
+            scope = self
         if scope._open:
             leave(scope)
             scope._end(error, ended_perf_ns)
@@ -224,7 +252,9 @@ class StageContext(Scope):
                 self._tell_of(error)
             if self.status == "error":
                 recorder.fail_trace(self._trace)
-            recorder.record(self._fields(elapsed_ns), self._trace)
+            span = 0 if self._span_id is None else int(self._span_id, 16)
+            numbers = self._started_ns or 0, elapsed_ns, self._random_bits, span
+            recorder.record(self._fields(), self._trace, numbers)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)
         if self._opened_trace:
@@ -258,17 +288,17 @@ class StageContext(Scope):
 
     def _start_over(self) -> None:
         """Forget what the last time in this block set."""
-        fixed, attributes, metadata = self._given
-        _, self.stage_name, self.parent_stage_id, _, self.attempt, self.input_ref, self.output_ref = fixed
+        _, self.stage_name, self.parent_stage_id, _, self.attempt, *given = self._given
+        self.input_ref, self.output_ref, attributes, metadata = given
+        self._stage_id = self._span_id = None
         self.attributes = self._own = as_object(_snapshot(attributes)).copy()
         self.metadata = as_object(_snapshot(metadata)).copy()
         self.status = "success"
 
     def _again(self, name: str | None = None, stage_type: str | None = None) -> StageContext:
         """Return a stage as this one was when it was made, not entered yet."""
-        (given_type, given_name, parent_stage_id, trace_id, attempt, input_ref, output_ref), attributes, metadata = (
-            self._given
-        )
+        given_type, given_name, parent_stage_id, trace_id, attempt, input_ref, output_ref, *content = self._given
+        attributes, metadata = content
         again = StageContext(
             self._recorder,
             given_type or stage_type,
@@ -282,35 +312,32 @@ class StageContext(Scope):
             input_ref=input_ref,
             output_ref=output_ref,
         )
-        again._template = self
+        again._made_from = self._template
         return again
 
-    def _fields(self, elapsed_ns: int) -> dict[str, Any]:
-        started_ns = self._started_ns
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of the event, but for those of `draft.fields_of`."""
+        attributes, metadata, trace_metadata = self.attributes, self.metadata, self._trace.metadata
+        # The order saves the encoder from looking for secrets in what can hold none: content begins with the type.
         fields: dict[str, Any] = {
-            "run_id": self._recorder.run_id,
-            "stage_id": self.stage_id,
-            "started_at": iso_time(started_ns),
-            # From the monotonic clock: a step of the wall clock cannot make a stage end before it began.
-            "finished_at": iso_time(started_ns + elapsed_ns),
-            "duration_ms": elapsed_ns / 1_000_000,
+            "run_id": self._recorder.setup.run_id,
             "trace_id": self.trace_id,
-            "span_id": self.span_id,
+            "parent_stage_id": self.parent_stage_id,
+            "stage_type": self.stage_type,
+            # Null means the default to our server; EvalVault's ingest breaks on it, and on the file that it is in.
+            "status": "success" if self.status is None else self.status,
+            "attributes": attributes if type(attributes) is dict else as_object(attributes),
         }
-        if self.parent_stage_id is not None:
-            fields["parent_stage_id"] = self.parent_stage_id
-        # From here on content: the order saves the encoder from looking for secrets in what can hold none.
-        fields["stage_type"] = self.stage_type
-        # Null means the default to our server; EvalVault's ingest breaks on it, and on the file that it is in.
-        fields["status"] = "success" if self.status is None else self.status
-        fields["attributes"] = as_object(self.attributes)
+        if self.parent_stage_id is None:
+            del fields["parent_stage_id"]
         if self.stage_name is not None:
             fields["stage_name"] = self.stage_name
         if self.attempt != 1 and self.attempt is not None:
             fields["attempt"] = self.attempt
-        metadata = as_object(self.metadata)
-        if self._trace.metadata:
-            metadata = {**self._trace.metadata, **metadata}
+        if type(metadata) is not dict:
+            metadata = as_object(metadata)
+        if trace_metadata:
+            metadata = {**trace_metadata, **metadata}
         if metadata:
             fields["metadata"] = metadata
         if self.input_ref is not None:

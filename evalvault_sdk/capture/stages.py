@@ -17,8 +17,8 @@ from typing import Any, TypeVar, overload
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
-from evalvault_sdk.capture.context import Scope, as_id, here, is_in_stage_of, place
-from evalvault_sdk.capture.encode import iso_time
+from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, place
+from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.nostage import NO_STAGE, dormant
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
@@ -26,7 +26,7 @@ from evalvault_sdk.capture.stage import StageContext, as_object, as_reference
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent, StagePayloadRef, parse_time
-from evalvault_sdk.ids import new_stage_id, span_id_of
+from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,7 +100,8 @@ class Stages:
         result, as `result` (of a stream its items, texts joined); `attributes` may be a function of a `Call`, and
         `on_result` one of the result, that return attributes. Arguments are looked at before the call.
         """
-        if not self._recorder.enabled and not self._is_dormant:
+        recorder = self._recorder
+        if not recorder.setup.enabled and not self._is_dormant:
             if not self._may_be_enabled_later:
                 return stage_type if callable(stage_type) else NO_STAGE
             made = functools.partial(
@@ -119,29 +120,33 @@ class Stages:
                 on_result=on_result,
             )
             return made(stage_type) if callable(stage_type) else dormant(functools.partial(made, stage_type))
+        function = None
+        if type(stage_type) is not str and callable(stage_type):
+            function, stage_type = stage_type, None
         call = None
-        if capture_args or capture_result or on_result is not None or callable(attributes):
+        if capture_args or capture_result or on_result is not None or (attributes is not None and callable(attributes)):
             call = CallCapture(
                 args=capture_args,
                 result=capture_result,
                 attributes=attributes if callable(attributes) else None,
                 on_result=on_result,
             )
+            attributes = None if callable(attributes) else attributes
         stage = StageContext(
-            self._recorder,
-            None if callable(stage_type) else stage_type,
-            stage_name=stage_name,
-            parent=parent,
-            parent_stage_id=parent_stage_id,
-            trace_id=trace_id,
-            attempt=attempt,
-            attributes=None if callable(attributes) else attributes,
-            metadata=metadata,
-            input_ref=input_ref,
-            output_ref=output_ref,
-            call=call,
+            recorder,
+            stage_type,
+            stage_name,
+            parent,
+            parent_stage_id,
+            trace_id,
+            attempt,
+            attributes,
+            metadata,
+            input_ref,
+            output_ref,
+            call,
         )
-        return stage(stage_type) if callable(stage_type) else stage
+        return stage if function is None else stage(function)
 
     def trace(
         self,
@@ -221,7 +226,10 @@ class Stages:
             around = parent if has_begun else here()
             if trace_id is not None:
                 trace_id = as_id(trace_id)
-            parent_id, trace, is_root = place(around, recorder.run_id, made_id, parent_stage_id, trace_id)
+            parent_id, trace = place(around, recorder, parent_stage_id, trace_id)
+            if trace is None:
+                trace = Trace(trace_id_of(made_id))
+            is_root = around is None or trace is not around._trace
             span = current_span()
             if span is not None and is_in_stage_of(here(), span[1]):
                 span = None

@@ -52,9 +52,9 @@ class TraceContext(Scope):
         is_ours = remote is not None and remote.run == run_hash(recorder.run_id)
         self._trace = Trace(trace_id, _with_parent_span(metadata, None if is_ours else remote))
         self._trace.tracestate = remote.tracestate if remote else ""
-        self.stage_id = remote.stage_id if remote and is_ours else None
+        self._stage_id = remote.stage_id if remote and is_ours else None
         # Outside of a stage there is no span; what is called from here still has to name one.
-        self.span_id = remote.span_id if remote else span[1] if span else span_id_of(new_stage_id())
+        self._span_id = remote.span_id if remote else span[1] if span else span_id_of(new_stage_id())
 
     @property
     def trace_id(self) -> str:
@@ -110,7 +110,7 @@ class _Entry(Scope):
 
     def __init__(self, trace: TraceContext, outer: Scope | None, before: Scope | None) -> None:
         self._recorder, self._trace = trace._recorder, trace._trace
-        self.stage_id, self.span_id = trace.stage_id, trace.span_id
+        self._stage_id, self._span_id = trace._stage_id, trace._span_id
         self._outer = outer
         self._before = before
         self._open = True

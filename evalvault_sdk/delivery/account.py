@@ -181,6 +181,24 @@ class Account:
         """Count something that is no end of an event."""
         self.notes[what] = self.notes.get(what, 0) + count
 
+    def replace_first(self, count: int, by: Callable[[bytes], bytes | DropReason]) -> None:
+        """Put in place of each of the first `count` events that wait what `by` makes of it."""
+        waiting, number = self.waiting, 0
+        for _ in range(min(count, len(waiting))):
+            old = waiting[number]
+            new = by(old)
+            if number >= len(waiting) or waiting[number] is not old:
+                return  # a signal handler has taken it meanwhile
+            if isinstance(new, str):
+                del waiting[number]
+                self.waiting_bytes -= len(old)
+                self.taken += 1
+                self.drop(new)
+            else:
+                waiting[number] = new
+                self.waiting_bytes += len(new) - len(old)
+                number += 1
+
     def take(self, count: int) -> Share:
         """Count events that left `waiting` as in flight."""
         self.taken += count

@@ -42,7 +42,7 @@ _MAX_FAILURES = 10
 #: A suspect waits so long for its next try, twice as long each time, and at most so long.
 _SUSPECT_WAITS_S, _SUSPECT_WAITS_AT_MOST_S = 0.25, 60.0
 #: So many events are taken at once under the lock: more would hold up the program's threads.
-_AT_ONCE = 256
+_AT_ONCE = 64
 #: So long whoever has no more time waits for who is just putting the same events on disk.
 _KEEP_WAIT_S = 0.1
 
@@ -117,6 +117,7 @@ class Courier:
             while True:
                 with ledger.lock:
                     before = len(taken)
+                    queue.finish(_AT_ONCE)
                     size = limits.take_from(account.waiting, taken, size, _AT_ONCE)
                     new = taken[before:]
                     if not new:

@@ -20,7 +20,7 @@ import attrs
 
 from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.account import FlushReport, Stats
-from evalvault_sdk.delivery.queue import EventQueue
+from evalvault_sdk.delivery.queue import EventQueue, Finish
 from evalvault_sdk.delivery.transport.base import Transport
 from evalvault_sdk.delivery.transport.file import FileTransport
 from evalvault_sdk.delivery.transport.http import HttpTransport
@@ -32,11 +32,11 @@ _sharing = threading.RLock()
 _shared: dict[Hashable, Worker] = {}
 
 
-def open_outbox(settings: Settings, transport: Transport | None = None) -> Outbox:
-    """Return a new outbox; one with a transport of its own shares nothing."""
+def open_outbox(settings: Settings, transport: Transport | None = None, *, finish: Finish | None = None) -> Outbox:
+    """Return a new outbox for events, and drafts if there is a `finish`; one with a transport shares nothing."""
     if transport is not None:
         worker = Worker(transport, settings, on_unused=_retire)
-        outbox = Outbox(worker, worker.open_queue(), settings)
+        outbox = Outbox(worker, worker.open_queue(finish), settings)
     else:
         key = _key(settings)
         with _sharing:
@@ -45,7 +45,7 @@ def open_outbox(settings: Settings, transport: Transport | None = None) -> Outbo
                     _shared.pop(other, None)
             while True:
                 worker = _shared.setdefault(key, Worker(transport_for(settings), settings, on_unused=_retire))
-                outbox = Outbox(worker, worker.open_queue(), settings)
+                outbox = Outbox(worker, worker.open_queue(finish), settings)
                 if not worker.closing:  # as it may be, if a finalizer has just shut down the last of its tracers
                     break
                 _shared.pop(key, None)

@@ -4,6 +4,8 @@ Hold encoded events between the program's threads and the worker.
 In:   `put`, from any thread of the program: an append under a lock held for a moment.
 Out:  `account.waiting`, from which the courier takes the oldest.
 
+An event may come as a draft, which whoever made it finishes when it is to leave the memory: `finish`.
+
 Bounded in events and in bytes; what happens to an event that does not fit is the `QueuePolicy`. The worker
 sleeps on `wakeup` and is woken when a batch is full; otherwise it comes by itself once per flush interval, so
 that a put costs no context switch. With a journal, an event goes to disk first and into memory only if it
@@ -24,6 +26,10 @@ from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Note
 #: What becomes of an event for which the queue has no room: it goes to disk; the oldest one makes room; it is
 #: lost; its thread waits for room.
 QueuePolicy = Literal["spool", "drop_oldest", "drop_newest", "block"]
+
+
+#: The first byte of a draft. No JSON begins with it.
+_DRAFT = 0
 
 
 class Wakeup:
@@ -61,6 +67,13 @@ class Wakeup:
         return woken
 
 
+class Finish(Protocol):
+    """What makes an event of a draft; None of one that is too large."""
+
+    def __call__(self, draft: bytes, counter: EventQueue, /) -> bytes | None:
+        """Return the event."""
+
+
 class Overflow(Protocol):
     """Where events go that are not to stay in memory: the spool. Its methods want the ledger's lock held."""
 
@@ -96,6 +109,7 @@ class EventQueue:
         wakeup: Wakeup | None = None,
         overflow: Overflow | None = None,
         journal: bool = False,
+        finish: Finish | None = None,
     ) -> None:
         limits = limits or QueueLimits()
         self.account = Account(ledger)
@@ -108,6 +122,7 @@ class EventQueue:
         self._wake_at_bytes = min(limits.wake_at_bytes, limits.max_bytes // 2)
         self._overflow = overflow
         self._journal = overflow if journal else None
+        self._finish = finish
         self.closed = False
         #: Called after a put, in the caller's thread, until it is set to None: it starts the worker.
         self.on_first_put: Callable[[], None] | None = None
@@ -125,7 +140,7 @@ class EventQueue:
         """Take an event, or count it as dropped and return False."""
         with self._lock:
             account = self.account
-            if self._journal is not None and not self.closed and self._journal.append(event, account):
+            if self._journal is not None and not self.closed and self._append_to(self._journal, event):
                 count = len(self._ledger.direct)
                 total = 0
             else:
@@ -157,7 +172,7 @@ class EventQueue:
             return False
         reason: DropReason = "queue_full"
         if limits.policy == "spool" and self._overflow is not None:
-            if self._overflow.append(event, account):
+            if self._append_to(self._overflow, event):
                 return True
             if self._overflow.full:
                 reason = "spool_full"
@@ -177,6 +192,25 @@ class EventQueue:
         account.waiting.append(event)
         account.waiting_bytes += size
         return True
+
+    def _append_to(self, disk: Overflow, event: bytes) -> bool:
+        """Write an event to disk, finished; say whether that worked."""
+        finished = self._finished(event)
+        return not isinstance(finished, str) and disk.append(finished, self.account)
+
+    def finish(self, count: int) -> None:
+        """Finish the first `count` events that wait. The ledger's lock is held."""
+        if self._finish is not None:
+            self.account.replace_first(count, self._finished)
+
+    def _finished(self, event: bytes) -> bytes | DropReason:
+        """Return the event of a draft, or why it is lost."""
+        if self._finish is None or event[0] != _DRAFT:
+            return event
+        try:
+            return self._finish(event, self) or "too_large"
+        except Exception:  # noqa: BLE001 - a bug of ours must not stop the events behind this one
+            return "internal_error"
 
     def _has_room(self, size: int) -> bool:
         account = self.account

@@ -36,7 +36,7 @@ from evalvault_sdk.delivery.batch import BatchLimits
 from evalvault_sdk.delivery.courier import Courier
 from evalvault_sdk.delivery.folder import default_root
 from evalvault_sdk.delivery.notices import Notices
-from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, Wakeup
+from evalvault_sdk.delivery.queue import EventQueue, Finish, QueueLimits, Wakeup
 from evalvault_sdk.delivery.segment import Segment
 from evalvault_sdk.delivery.spool import Spool
 from evalvault_sdk.delivery.transport.base import Transport
@@ -158,8 +158,8 @@ class Worker:
 
     # -- in the program's threads ---------------------------------------------------------------
 
-    def open_queue(self) -> EventQueue:
-        """Return a new queue whose events this worker delivers."""
+    def open_queue(self, finish: Finish | None = None) -> EventQueue:
+        """Return a new queue whose events this worker delivers; its drafts become events with `finish`."""
         self._prune()
         settings = self._settings
         policy = settings.queue_policy
@@ -178,6 +178,7 @@ class Worker:
             wakeup=self._wakeup,
             overflow=self._spool,
             journal=settings.durability == "journal",
+            finish=finish,
         )
         queue.on_first_put = self.start
         queue.is_worker = lambda: self._is_here

@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalvault_sdk.capture.encode import Encoder, iso_time
+from evalvault_sdk.capture.draft import iso_time
+from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import describe_error
 from evalvault_sdk.events import StageEvent
