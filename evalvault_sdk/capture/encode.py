@@ -115,16 +115,17 @@ class Encoder:
         """Return the event of a draft as JSON bytes; None as for `encode`."""
         numbers, content = draft.unpack(drafted)
         head = draft.fields_of(numbers)
-        if self._redactor.may_hold_secret(content):
+        if self._may_hold_secret(content):
             return self._thorough({**head, **orjson.loads(content)}, _WithoutHooks(counter))
-        return orjson.dumps(head)[:-1] + b"," + content[1:]
+        return b"%b,%b" % (orjson.dumps(head)[:-1], content[1:])
 
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
         event = self._at_once(fields)
-        if event is None or self._redactor.may_hold_secret(event):
-            return self._thorough(fields, notes)
-        return event
+        return self._thorough(fields, notes) if event is None or self._may_hold_secret(event) else event
+
+    def _may_hold_secret(self, encoded: bytes) -> bool:
+        return self._redactor.may_hold_secret(encoded, encoded.find(b'"stage_type":'))  # before it are ids and times
 
     def snapshot(self, attributes: dict[str, Any], notes: Notes) -> dict[str, Any]:
         """Return attributes as they are now, as plain JSON values."""

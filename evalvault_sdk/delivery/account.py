@@ -181,23 +181,26 @@ class Account:
         """Count something that is no end of an event."""
         self.notes[what] = self.notes.get(what, 0) + count
 
-    def replace_first(self, count: int, by: Callable[[bytes], bytes | DropReason]) -> None:
-        """Put in place of each of the first `count` events that wait what `by` makes of it."""
+    def first(self, count: int) -> list[bytes]:
+        """Return the first `count` events that wait, or fewer."""
+        return [self.waiting[number] for number in range(min(count, len(self.waiting)))]
+
+    def replace_first(self, old: list[bytes], new: list[bytes | DropReason]) -> int:
+        """Put `new` in place of `old`, the first that waited a moment ago; say how many of them wait now."""
         waiting, number = self.waiting, 0
-        for _ in range(min(count, len(waiting))):
-            old = waiting[number]
-            new = by(old)
-            if number >= len(waiting) or waiting[number] is not old:
-                return  # a signal handler has taken it meanwhile
-            if isinstance(new, str):
+        for before, after in zip(old, new, strict=True):
+            if number >= len(waiting) or waiting[number] is not before:
+                break  # somebody has taken them meanwhile
+            if isinstance(after, str):
                 del waiting[number]
-                self.waiting_bytes -= len(old)
+                self.waiting_bytes -= len(before)
                 self.taken += 1
-                self.drop(new)
+                self.drop(after)
             else:
-                waiting[number] = new
-                self.waiting_bytes += len(new) - len(old)
+                waiting[number] = after
+                self.waiting_bytes += len(after) - len(before)
                 number += 1
+        return number
 
     def take(self, count: int) -> Share:
         """Count events that left `waiting` as in flight."""

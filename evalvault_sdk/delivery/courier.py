@@ -42,7 +42,7 @@ _MAX_FAILURES = 10
 #: A suspect waits so long for its next try, twice as long each time, and at most so long.
 _SUSPECT_WAITS_S, _SUSPECT_WAITS_AT_MOST_S = 0.25, 60.0
 #: So many events are taken at once under the lock: more would hold up the program's threads.
-_AT_ONCE = 64
+_AT_ONCE = 256
 #: So long whoever has no more time waits for who is just putting the same events on disk.
 _KEEP_WAIT_S = 0.1
 
@@ -116,12 +116,17 @@ class Courier:
             account = queue.account
             while True:
                 with ledger.lock:
+                    recorded = account.first(_AT_ONCE)
+                finished = queue.finished(recorded)
+                with ledger.lock:
                     before = len(taken)
-                    queue.finish(_AT_ONCE)
-                    size = limits.take_from(account.waiting, taken, size, _AT_ONCE)
+                    ready = account.replace_first(recorded, finished)
+                    size = limits.take_from(account.waiting, taken, size, ready)
                     new = taken[before:]
-                    if not new:
+                    if not new and ready == len(recorded):
                         break
+                    if not new:  # all of them are lost, or somebody else has taken them
+                        continue
                     if not before:
                         self._hands.append(hand)
                     elif not self._holds(hand):  # snatched while we were still taking
@@ -136,7 +141,7 @@ class Courier:
                     account.lent_bytes += new_bytes
                     hand.lent.append((account, len(new), new_bytes))
                     ledger.settled.notify_all()
-                if len(new) < _AT_ONCE:
+                if len(new) < _AT_ONCE and ready == len(recorded):
                     break
         return hand if taken else None
 

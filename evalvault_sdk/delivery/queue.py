@@ -195,20 +195,18 @@ class EventQueue:
 
     def _append_to(self, disk: Overflow, event: bytes) -> bool:
         """Write an event to disk, finished; say whether that worked."""
-        finished = self._finished(event)
+        (finished,) = self.finished([event])
         return not isinstance(finished, str) and disk.append(finished, self.account)
 
-    def finish(self, count: int) -> None:
-        """Finish the first `count` events that wait. The ledger's lock is held."""
-        if self._finish is not None:
-            self.account.replace_first(count, self._finished)
+    def finished(self, events: list[bytes]) -> list[bytes | DropReason]:
+        """Return events with the drafts among them finished, or why they are lost. Takes its time: wants no lock."""
+        if self._finish is None:
+            return [*events]
+        return [self._finished(event, self._finish) if event[0] == _DRAFT else event for event in events]
 
-    def _finished(self, event: bytes) -> bytes | DropReason:
-        """Return the event of a draft, or why it is lost."""
-        if self._finish is None or event[0] != _DRAFT:
-            return event
+    def _finished(self, draft: bytes, finish: Finish) -> bytes | DropReason:
         try:
-            return self._finish(event, self) or "too_large"
+            return finish(draft, self) or "too_large"
         except Exception:  # noqa: BLE001 - a bug of ours must not stop the events behind this one
             return "internal_error"
 

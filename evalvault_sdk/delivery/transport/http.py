@@ -86,7 +86,7 @@ class Poster:
 
         headers = {"Content-Type": self._content_type, "Accept": self._content_type}
         if self._settings.compression == "gzip" and len(body) >= _MIN_GZIP_BYTES:
-            body = gzip.compress(body, _GZIP_LEVEL)
+            body = gzip.compress(body, _GZIP_LEVEL, mtime=0)  # without a time it is packed in one step
             headers["Content-Encoding"] = "gzip"
         try:
             if self._session is None:
