@@ -138,7 +138,7 @@ def _recorder(settings: Settings, sink: Sink, encoder: Encoder) -> Recorder:
         settings.run_id,
         Console(sink) if console else sink,
         encoder=encoder,
-        takes_drafts=not console,
+        takes_drafts=not console and settings.durability != "journal",  # where each is wanted as bytes at once
         sampling=sampling if sampling.rate < 1 else None,
         payload_store=settings.payload_store,
         traceback_frames=settings.traceback_frames,

@@ -91,8 +91,8 @@ class Encoder:
         self._content = content
         self._mask = mask
         self._look_at_all = content != "all" or mask is not None or self._redactor.personal
-        self._max_items, self._max_depth = self._limits.max_items, self._limits.max_depth
-        self._max_bytes, self._max_event = self._limits.max_attribute_bytes, self._limits.max_event_bytes
+        self._max_items, self._max_bytes = self._limits.max_items, self._limits.max_attribute_bytes
+        self._max_event = self._limits.max_event_bytes
         # An event of several fields at once is as large as one of them may be at most.
         self._max_small = min(self._max_bytes, self._max_event - _HEAD_ROOM)
         self._max_text = self._max_bytes // _CHARACTER_BYTES - 1
@@ -174,33 +174,35 @@ class Encoder:
 
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
-        verdicts, max_text = self._redactor.verdicts, self._max_text
-        max_items, max_depth, max_bytes = self._max_items, self._max_depth, self._max_bytes
+        innocent, max_text, max_items = self._redactor.innocent, self._max_text, self._max_items
         if len(values) > max_items:
             return False
         for key, value in values.items():
-            if verdicts[key] if key in verdicts else self._tells_a_secret(key):
+            if key not in innocent and self._tells_a_secret(key):
                 return False
             kind = type(value)
             if kind is str:
                 if len(value) > max_text:
                     return False
-            elif kind in _SCALARS:
-                pass
-            elif kind is list and len(value) > max_items:
-                return False
-            elif kind is list and value and type(value[0]) is str:
-                # Ids, mostly. Joined, which only texts can be; but if the first is long, the others are not looked at.
-                if len(value[0]) * len(value) > max_text or len("".join(value)) > max_text:
+            elif kind is list and value:
+                # Ids or scores, mostly: a few steps in C.
+                if len(value) > max_items:
                     return False
-            elif kind is list and _SCALARS.issuperset(map(type, value)):
-                pass  # scores, mostly
-            elif self._size(value, kind, max_depth, max_bytes) > max_bytes:
+                if type(value[0]) is str:
+                    # Joined, which only texts can be; but if the first is long, the others are not looked at.
+                    if len(value[0]) * len(value) > max_text or len("".join(value)) > max_text:
+                        return False
+                elif not _SCALARS.issuperset(map(type, value)) and self._is_large(value, kind):
+                    return False
+            elif kind not in _SCALARS and self._is_large(value, kind):
                 return False
         return True
 
     def _tells_a_secret(self, key: str) -> bool:
         return len(key) > _MAX_KEY or self._redactor.is_secret(key)  # of a long key there is no verdict by heart
+
+    def _is_large(self, value: Any, kind: type) -> bool:
+        return self._size(value, kind, self._limits.max_depth, self._max_bytes) > self._max_bytes
 
     def _size(self, value: Any, kind: type, depth: int, room: int) -> int:
         """Return the bytes of JSON that `value` takes at most, or more than `room` if orjson should not see it."""

@@ -54,7 +54,7 @@ class _NoStage(StageContext):
     def __enter__(self) -> StageContext:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         pass
 
     def __call__(self, function: T) -> T:

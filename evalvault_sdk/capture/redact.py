@@ -121,7 +121,7 @@ _ASSIGNED_BYTES = 32
 class Redactor:
     """What is to be taken out, and the way to do it. Shared by all threads."""
 
-    __slots__ = ("_kinds", "_number", "_passes", "_secrets", "active", "personal", "verdicts")
+    __slots__ = ("_kinds", "_number", "_passes", "_secrets", "active", "innocent", "personal", "verdicts")
 
     def __init__(self, *, secrets: bool = True, personal: Collection[PersonalData] = ()) -> None:
         self._secrets = secrets
@@ -136,8 +136,10 @@ class Redactor:
         self.personal = bool(self._kinds)
         #: Whether anything is to be redacted at all.
         self.active = secrets or self.personal
-        #: Keys judged so far. Cleared when full; may be read by whoever is in a hurry.
+        #: Keys judged so far. Cleared when full.
         self.verdicts: dict[str, bool] = {}
+        #: Those among them whose values are no secrets; for whoever is in a hurry.
+        self.innocent: set[str] = set()
 
     def is_secret(self, key: str) -> bool:
         """Return whether the value under `key` is a secret."""
@@ -148,7 +150,10 @@ class Redactor:
             if len(key) <= _MAX_KEY:
                 if len(self.verdicts) >= _MAX_VERDICTS:
                     self.verdicts.clear()
+                    self.innocent.clear()
                 self.verdicts[key] = verdict
+                if not verdict:
+                    self.innocent.add(key)
         return verdict
 
     def text(self, text: str) -> str:
