@@ -11,7 +11,6 @@ only time at which this package raises: a typo must not be found out by looking 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -441,6 +440,8 @@ def collect(
     fields = {field.name: field for field in attrs.fields(cls)}
     for name in given:
         if name not in fields:
+            import difflib  # not for every program that imports us
+
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(fields)}"
             raise ConfigurationError(f"there is no setting {name!r}{hint}")

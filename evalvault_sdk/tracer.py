@@ -25,12 +25,14 @@ from evalvault_sdk.capture.sample import Sampling
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.config import SettingArguments, Settings
 from evalvault_sdk.delivery.account import FlushReport, Stats
+from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.lifecycle import handle_sigterm
-from evalvault_sdk.delivery.outbox import Outbox, open_outbox
-from evalvault_sdk.delivery.transport.base import Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in every type checker; not needed to run
+
+    from evalvault_sdk.delivery.outbox import Outbox
+    from evalvault_sdk.delivery.transport.base import Transport
 
 
 class StageTracer(Stages):
@@ -57,13 +59,16 @@ class StageTracer(Stages):
         **settings: Unpack[SettingArguments],
     ) -> None:
         self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
+        load("evalvault_sdk.delivery.outbox")  # half of the package: not for every program that imports us
+        from evalvault_sdk.delivery.outbox import open_outbox
+
         encoder = _encoder(self.settings)
-        self._outbox = open_outbox(self.settings, transport, finish=encoder.finish)
+        self._outbox: Outbox = open_outbox(self.settings, transport, finish=encoder.finish)
         sink = self._outbox.queue if self.settings.enabled else NOWHERE.setup.sink
         super().__init__(_recorder(self.settings, sink, encoder))
         # When nobody can record any more (tracer, open stages and decorated functions all refer to the
         # recorder), the thread delivers what it has, and ends with the last tracer.
-        self._finalizer = weakref.finalize(self._recorder, Outbox.close, self._outbox)
+        self._finalizer = weakref.finalize(self._recorder, self._outbox.close)
         self._finalizer.atexit = False  # the worker has its own way to end with the process
         if self.settings.enabled and self.settings.handle_sigterm:
             handle_sigterm()

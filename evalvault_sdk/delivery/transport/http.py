@@ -12,7 +12,6 @@ look like a delivery.
 from __future__ import annotations
 
 import datetime
-import email.utils
 import gzip
 import time
 from collections.abc import Mapping
@@ -304,6 +303,8 @@ def retry_after_s(value: str | None, now: float) -> float | None:
     if value.isascii() and value.isdigit():
         seconds = float(value)
     else:
+        import email.utils  # loads much, as requests does: not before something is sent
+
         try:
             when = email.utils.parsedate_to_datetime(value)
             if when.tzinfo is None:  # asctime's form has no zone: RFC 9110, 5.6.7 says UTC
