@@ -92,6 +92,7 @@ class Encoder:
         self._mask = mask
         self._look_at_all = content != "all" or mask is not None or self._redactor.personal
         self._max_items, self._max_bytes = self._limits.max_items, self._limits.max_attribute_bytes
+        self._max_depth = self._limits.max_depth
         self._max_event = self._limits.max_event_bytes
         # An event of several fields at once is as large as one of them may be at most.
         self._max_small = min(self._max_bytes, self._max_event - _HEAD_ROOM)
@@ -175,6 +176,7 @@ class Encoder:
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
         innocent, max_text, max_items = self._redactor.innocent, self._max_text, self._max_items
+        max_depth, max_bytes = self._max_depth, self._max_bytes
         if len(values) > max_items:
             return False
         for key, value in values.items():
@@ -186,23 +188,23 @@ class Encoder:
                     return False
             elif kind is list and value:
                 # Ids or scores, mostly: a few steps in C.
-                if len(value) > max_items:
+                if len(value) >= max_items:
                     return False
                 if type(value[0]) is str:
                     # Joined, which only texts can be; but if the first is long, the others are not looked at.
                     if len(value[0]) * len(value) > max_text or len("".join(value)) > max_text:
                         return False
-                elif not _SCALARS.issuperset(map(type, value)) and self._is_large(value, kind):
+                elif (
+                    not _SCALARS.issuperset(map(type, value))
+                    and self._size(value, kind, max_depth, max_bytes) > max_bytes
+                ):
                     return False
-            elif kind not in _SCALARS and self._is_large(value, kind):
+            elif kind not in _SCALARS and self._size(value, kind, max_depth, max_bytes) > max_bytes:
                 return False
         return True
 
     def _tells_a_secret(self, key: str) -> bool:
         return len(key) > _MAX_KEY or self._redactor.is_secret(key)  # of a long key there is no verdict by heart
-
-    def _is_large(self, value: Any, kind: type) -> bool:
-        return self._size(value, kind, self._limits.max_depth, self._max_bytes) > self._max_bytes
 
     def _size(self, value: Any, kind: type, depth: int, room: int) -> int:
         """Return the bytes of JSON that `value` takes at most, or more than `room` if orjson should not see it."""
@@ -223,7 +225,7 @@ class Encoder:
                     break
             return size
         for key, item in value.items():
-            if type(key) is not str or self._tells_a_secret(key):
+            if type(key) is not str or (key not in self._redactor.innocent and self._tells_a_secret(key)):
                 return _NOT_PLAIN
             size += len(key) * _CHARACTER_BYTES + self._size(item, type(item), depth - 1, room - size)
             if size > room:

@@ -57,6 +57,8 @@ _FAULT_PAUSE_S = 1.0
 _START_WAIT_S = 5.0
 #: So long the end waits for a thread that has nothing more to do.
 _JOIN_S = 0.05
+#: An event that waits takes about so long to be finished and put on disk.
+_FINISH_S = 8e-6
 #: Near the end, whoever has nothing to do looks again after so many seconds.
 _LAST_PAUSE_S = 0.02
 
@@ -230,7 +232,10 @@ class Worker:
         """Wait until a closed queue is delivered; after `timeout_s` seconds put what is left of it on disk."""
         if self._closing:
             self.end()
-        elif not self.flush(queue, timeout_s - _reserve_s(timeout_s)) and queue.account.in_memory:
+        elif (
+            not self.flush(queue, timeout_s - _reserve_s(timeout_s, len(queue.account.waiting)))
+            and queue.account.in_memory
+        ):
             self._rescue([queue])
 
     def brace(self, until: float) -> None:
@@ -247,11 +252,13 @@ class Worker:
 
     def close(self, timeout_s: float | None = None) -> None:
         """Take no more events, and let the thread end by itself when those taken are delivered."""
-        for queue in list(self.queues):
+        queues = list(self.queues)
+        for queue in queues:
             queue.close()
         timeout_s = self._settings.shutdown_timeout_s if timeout_s is None else timeout_s
+        waiting = sum(len(queue.account.waiting) for queue in queues)
         # Whoever has less time decides: the end of the process does not wait for a long shutdown elsewhere.
-        self._courier.deadline = min(self._courier.deadline, self._clock() + timeout_s - _reserve_s(timeout_s))
+        self._courier.deadline = min(self._courier.deadline, self._clock() + timeout_s - _reserve_s(timeout_s, waiting))
         self._closing = True
         self.speed_up()
 
@@ -523,6 +530,6 @@ class Worker:
                 break
 
 
-def _reserve_s(timeout_s: float) -> float:
+def _reserve_s(timeout_s: float, waiting: int) -> float:
     """Return how much of a timeout is kept for putting on disk what could not be delivered."""
-    return min(0.1, timeout_s / 10)
+    return min(0.1, timeout_s / 10) + min(waiting * _FINISH_S, timeout_s / 4)
