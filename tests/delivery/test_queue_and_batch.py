@@ -5,6 +5,7 @@ import gc
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -339,3 +340,86 @@ def test_what_is_being_sent_counts_in_the_bounds() -> None:
     assert courier.deliver(hand)
     assert queue.put(b"y")
     assert queue.account.lent == 0
+
+
+# --- Drafts ---
+
+
+class Finishing:
+    """A queue of drafts; each becomes an event of twice its size, unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.queue = EventQueue(Ledger(), QueueLimits(max_events=1000), finish=self.finish)
+        #: What happens while the next one is finished.
+        self.before: list[Callable[[], None]] = []
+
+    def finish(self, draft: bytes, counter: EventQueue, /) -> bytes | None:
+        assert counter is self.queue
+        for happens in [*self.before]:
+            happens()
+        if draft == b"\0too large":
+            return None
+        if draft == b"\0odd":
+            raise RuntimeError("no")
+        return draft[1:] * 2
+
+
+def test_drafts_are_finished_when_they_are_taken_and_events_left_as_they_are() -> None:
+    queue = Finishing().queue
+    for event in (b"\0a", b"b", b"\0c"):
+        queue.put(event)
+    assert queue.account.stats().queued == 3
+    assert take_all(queue).events == (b"aa", b"b", b"cc")
+    assert queue.account.waiting_bytes == 0
+
+
+def test_a_draft_that_cannot_be_finished_is_lost_alone_and_counted() -> None:
+    queue = Finishing().queue
+    for event in (b"\0odd", b"\0a", b"\0too large", b"\0odd"):
+        queue.put(event)
+    assert take_all(queue).events == (b"aa",)
+    stats = queue.account.stats()
+    assert stats.dropped == {"internal_error": 2, "too_large": 1}
+    assert balances(stats)
+    assert queue.account.waiting_bytes == 0
+
+
+def test_drafts_that_are_all_lost_do_not_keep_back_those_behind() -> None:
+    queue = Finishing().queue
+    for event in [b"\0odd"] * 600 + [b"\0a"]:
+        queue.put(event)
+    assert take_all(queue).events == (b"aa",)
+
+
+def test_threads_record_on_while_drafts_are_finished() -> None:
+    finishing = Finishing()
+    queue = finishing.queue
+    queue.put(b"\0a")
+
+    def put_elsewhere() -> None:
+        finishing.before.clear()
+        thread = threading.Thread(target=queue.put, args=[b"\0b"], daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    finishing.before.append(put_elsewhere)
+    assert take_all(queue).events == (b"aa",)
+    assert take_all(queue).events == (b"bb",)
+
+
+def test_what_somebody_else_takes_while_it_is_finished_is_taken_once() -> None:
+    finishing = Finishing()
+    queue = finishing.queue
+    for event in (b"\0a", b"\0b", b"\0c"):
+        queue.put(event)
+    others: list[tuple[bytes, ...]] = []
+
+    def take_first() -> None:
+        finishing.before.clear()
+        others.append(take_from(queue, max_events=1).events)
+
+    finishing.before.append(take_first)
+    assert take_all(queue).events == (b"bb", b"cc")
+    assert others == [(b"aa",)]
+    assert queue.account.stats().in_flight == 3
