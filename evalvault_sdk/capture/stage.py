@@ -204,7 +204,9 @@ class StageContext(Scope):
             outer = self._below() or outer
         self.parent_stage_id, trace = place(outer, self._recorder, self.parent_stage_id, self._trace_id)
         if trace is None:
-            trace = Trace(digits_of(started_ns, random_bits))
+            digits = digits_of(started_ns, random_bits)
+            trace = Trace(digits)
+            self._stage_id = stage_id_of(digits)  # which its children will ask for
         self._opened_trace = outer is None or trace is not outer._trace
         self._trace = trace
         self.trace_id = trace.trace_id
