@@ -68,8 +68,8 @@ class StageContext(Scope):
     #: The ids: None until the block is entered.
     trace_id: str | None
     parent_stage_id: str | None
-    #: Unix time; None until the block is entered.
-    _started_ns: int | None
+    #: Unix time; 0 until the block is entered.
+    _started_ns: int
     _random_bits: int
     _made_from: StageContext | None
 
@@ -113,7 +113,8 @@ class StageContext(Scope):
         self.output_ref = output_ref
         self.status = "success"
         # `_made_from` None: from itself. A reference to itself would leave every stage to the garbage collector.
-        self._made_from = self._stage_id = self.trace_id = self._span_id = self._started_ns = None
+        self._made_from = self._stage_id = self.trace_id = self._span_id = None
+        self._started_ns = 0
         self._open = False
         self._call = call
 
@@ -127,7 +128,7 @@ class StageContext(Scope):
     @property
     def stage_id(self) -> str | None:
         """The stage's own id, a UUIDv7 of 36 characters; None until the block is entered."""
-        if self._stage_id is None and self._started_ns is not None:
+        if self._stage_id is None and self._started_ns:
             self._stage_id = stage_id_of(digits_of(self._started_ns, self._random_bits))
         return self._stage_id
 
@@ -184,10 +185,10 @@ class StageContext(Scope):
         before = outer = open_scope.get()
         if context.finders:
             outer = here()
-        if self._open or (self._started_ns is not None and self.is_around(outer)):
+        if self._open or (self._started_ns and self.is_around(outer)):
             # In a recursion, in another thread, or in what began inside: each entry is a stage with a clock of its own.
             return self._again().__enter__()
-        if self._started_ns is not None:
+        if self._started_ns:
             self._start_over()
         self._start(outer)
         self._before = before
@@ -255,7 +256,7 @@ class StageContext(Scope):
             if self.status == "error":
                 recorder.fail_trace(self._trace)
             span = 0 if self._span_id is None else int(self._span_id, 16)
-            numbers = self._started_ns or 0, elapsed_ns, self._random_bits, span
+            numbers = self._started_ns, elapsed_ns, self._random_bits, span
             recorder.record(self._fields(), self._trace, numbers)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evalvault_sdk.capture.context import Scope as StageScope
-from evalvault_sdk.capture.context import add_finder, here, place, remove_finder
+from evalvault_sdk.capture.context import Trace, add_finder, here, place, remove_finder
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.default import DefaultTracer, default
 from evalvault_sdk.errors import MissingDependencyError
@@ -167,13 +167,12 @@ class _SpanScope(StageScope):
     def __init__(self, recorder: Recorder, context: trace.SpanContext, outer: StageScope | None) -> None:
         self._recorder = recorder
         self.otel_trace_id = context.trace_id
-        self.stage_id = self.span_id = f"{context.span_id:016x}"
+        self._stage_id = self._span_id = f"{context.span_id:016x}"
         self._outer = self._before = outer
         self._open = True
-        trace_id = f"{context.trace_id:032x}" if outer is None else None
-        self.parent_stage_id, self._trace, self._opened_trace = place(
-            outer, recorder.run_id, self.stage_id, None, trace_id
-        )
+        self.parent_stage_id, around = place(outer, recorder, None, None)
+        self._opened_trace = around is None
+        self._trace = around or Trace(f"{context.trace_id:032x}")
 
     def end(self, duration_ms: float) -> None:
         """End the trace that the span opened, and keep nothing alive."""

@@ -25,7 +25,7 @@ import attrs
 
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.context import Scope
-from evalvault_sdk.capture.encode import iso_time
+from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.observed import ObservedStages
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext
