@@ -24,7 +24,7 @@ _SIZE = _NUMBERS.size
 _pack, _unpack = _NUMBERS.pack, _NUMBERS.unpack_from
 
 #: The last second that was asked for, in Unix microseconds and as text.
-_second: tuple[int, str] = (-1_000_000, "")
+_second: tuple[int, str] = (1 << 62, "")
 
 
 def pack(numbers: Numbers, content: bytes) -> bytes:

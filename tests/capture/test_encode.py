@@ -227,6 +227,7 @@ def test_times_have_microseconds_and_an_offset() -> None:
     assert iso_time(1_767_780_000_000_001_999) == "2026-01-07T10:00:00.000001+00:00"
     assert iso_time(1_767_780_000_999_999_999) == "2026-01-07T10:00:00.999999+00:00"
     assert iso_time(0) == "1970-01-01T00:00:00.000000+00:00"
+    assert iso_time(-1) == "1969-12-31T23:59:59.999999+00:00"
 
 
 json_like = st.recursive(
