@@ -103,7 +103,7 @@ def test_a_child_does_not_wait_for_locks_that_threads_of_its_parent_held(server:
         tracer = StageTracer({run!r}, {server.url!r}, flush_interval_s=60)
         tracer.record_stage("before")
         assert tracer.flush(20).complete
-        manager = tracer._outbox.worker._courier.transport._session.get_adapter({server.url!r}).poolmanager
+        manager = tracer._outbox.worker._courier.transport._poster._session.get_adapter({server.url!r}).poolmanager
         locks = [manager.pools.lock, *(manager.pools[key].pool.mutex for key in manager.pools.keys())]
         locks += [tracer._outbox.worker.ledger.lock, tracer._outbox.worker._starting]
         held, release = threading.Event(), threading.Event()
