@@ -96,7 +96,8 @@ class Encoder:
         self._max_event = self._limits.max_event_bytes
         # An event of several fields at once is as large as one of them may be at most.
         self._max_small = min(self._max_bytes, self._max_event - _HEAD_ROOM)
-        self._max_text = self._max_bytes // _CHARACTER_BYTES - 1
+        # Characters that may take more bytes than that are found out by encoding them.
+        self._max_text = self._max_bytes
         # A value counts for so many bytes that no more than `max_items` of them fit into the bytes of an attribute.
         self._value_bytes = max(_NUMBER_BYTES, self._max_bytes // self._max_items + 1)
 

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
+import orjson
+
 from evalvault_sdk.config import PersonalData
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ _HINT_ASSIGNMENT = re.compile(
     % (_WORDS.encode(), b"|".join(word.encode()[1:] for word in ("비밀번호", "비번", "패스워드")))
 ).search
 _ASSIGNED_BYTES = 32
+#: Characters beyond which a text is encoded to see whether it may hold one: that takes a tenth of looking for it.
+_LONG = 500
 
 
 class Redactor:
@@ -186,12 +190,20 @@ class Redactor:
         )
 
     def _without_secrets(self, text: str) -> str:
+        if len(text) > _LONG and not self._may_hold_secret(text):
+            return text
         if "PRIVATE KEY" in text:
             text = _PEM.sub(SECRET, text)
         text = _TOKEN.sub(_token, text)
         if "@" in text:
             text = _URL.sub(f"{SECRET}@", text)
         return self._without_assigned(text) if "=" in text or ":" in text else text
+
+    def _may_hold_secret(self, text: str) -> bool:
+        try:
+            return self.may_hold_secret(orjson.dumps(text))
+        except orjson.JSONEncodeError:  # a lone surrogate
+            return True
 
     def _without_assigned(self, text: str) -> str:
         """Return `text` without the values of `password: ...` and its like."""

@@ -64,7 +64,8 @@ def test_the_ids_and_times_of_a_draft_are_those_of_the_stage() -> None:
     "attributes",
     [
         {"password": "x"},
-        {"text": "x" * 30_000},
+        {"text": "x" * 200_000},
+        {"text": "\x01" * 30_000},
         {"a": {1}},
         {"n": [1, object()]},
         {"k" * 200: 1},

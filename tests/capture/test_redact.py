@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -234,6 +235,29 @@ PIECES = st.one_of(
 def test_the_quick_look_knows_every_kind_of_secret(secret: str, before: str) -> None:
     assert redacted(before + secret) != before + secret
     assert Redactor().may_hold_secret(orjson.dumps({"attributes": {"a": [before + secret], "b": 1}}))
+
+
+@pytest.mark.parametrize("secret", WHOLE_SECRETS + LABELLED)
+def test_a_secret_in_a_long_text_is_replaced_as_in_a_short_one(secret: str) -> None:
+    before, after = "보통의 말이 이어집니다, and so on. " * 40, "그리고 끝납니다. " * 40
+    assert redacted(f"{before}\n{secret}\n{after}") == f"{before}{redacted(f'{chr(10)}{secret}{chr(10)}')}{after}"
+
+
+def test_a_long_text_without_a_secret_costs_little_more_than_its_encoding() -> None:
+    text = "The amount is paid when the holder asks for it: see clause 12 of the terms. " * 1_500
+    redactor = Redactor()
+
+    def seconds(function: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(5):
+            started = time.thread_time()
+            function()
+            taken.append(time.thread_time() - started)
+        return min(taken)
+
+    thorough = seconds(lambda: redactor._without_assigned(text))
+    assert seconds(lambda: redactor.text(text)) < thorough
+    assert redactor.text(text) is text
 
 
 @given(st.lists(PIECES, max_size=6))
