@@ -6,6 +6,9 @@ Nothing here is canned. The program reads the docstrings of the standard library
 the query (Korean terms into English ones), retrieves, reranks, and composes an extractive answer with
 citations. It needs neither network nor keys.
 
+`LLM_API_URL` is the address of a model with OpenAI's API, `http://localhost:11434/v1` for example, which then writes
+the answers; with it go `LLM_MODEL` and `LLM_API_KEY`.
+
 Three ways to record a stage are used, each where it is natural:
 
 * a decorator, where a function is a stage: `detect_language`, `rewrite`, `compose`;
@@ -34,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bm25s
+import requests
 
 from evalvault_sdk import StageTracer, Stats, current_stage
 
@@ -43,7 +47,10 @@ KEEP = 3
 # Address and token come from EVALVAULT_API_URL and EVALVAULT_API_TOKEN.
 tracer = StageTracer(run_id=os.environ.get("EVALVAULT_RUN_ID", "custom-rag-example"))
 
-SYSTEM_PROMPT = "Answer from the passages only, and cite every passage you use."
+SYSTEM_PROMPT = "Answer from the passages only, and cite every passage you use, as in [json.loads]."
+
+LLM_API_URL = os.environ.get("LLM_API_URL", "").rstrip("/")
+LLM_MODEL = os.environ.get("LLM_MODEL", "gpt-4o-mini") if LLM_API_URL else "extractive-1"
 
 
 class UnsupportedLanguageError(ValueError):
@@ -175,8 +182,43 @@ def rerank(query: str, candidates: list[tuple[Passage, float]]) -> list[tuple[Pa
     return scored[:KEEP]
 
 
-@tracer.stage("output", stage_name="extractive_answer", metadata={"model": "extractive-1"})
-def compose(query: str, passages: list[Passage]) -> str:
+@tracer.stage("output", metadata={"model": LLM_MODEL})
+def compose(question: str, query: str, passages: list[Passage]) -> str:
+    """Return the answer, with the passages it is from in brackets."""
+    answer = _ask_model(question, passages) if LLM_API_URL else _extract(query, passages)
+    named = re.findall(r"\[([\w.]+)\]", answer)
+    citations = [passage.id for passage in passages if passage.id in named]
+    current_stage().set(answer=answer, citations=citations)
+    return answer
+
+
+def _ask_model(question: str, passages: list[Passage]) -> str:
+    """Return what the model says (OpenAI's API, "Create chat completion")."""
+    context = "\n\n".join(f"[{passage.id}]\n{passage.text}" for passage in passages)
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": f"{context}\n\n{question}"},
+    ]
+    key = os.environ.get("LLM_API_KEY")
+    response = requests.post(
+        f"{LLM_API_URL}/chat/completions",
+        json={"model": LLM_MODEL, "messages": messages, "temperature": 0},
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=(5, 60),
+    )
+    response.raise_for_status()
+    said = response.json()
+    usage = said.get("usage") or {}
+    current_stage().set(
+        temperature=0,
+        finish_reason=said["choices"][0].get("finish_reason"),
+        tokens_in=usage.get("prompt_tokens"),
+        tokens_out=usage.get("completion_tokens"),
+    )
+    return str(said["choices"][0]["message"]["content"])
+
+
+def _extract(query: str, passages: list[Passage]) -> str:
     """Return the sentences that share most words with the query, each with the passage it is from."""
     words = Counter(_WORD.findall(query))
     sentences = []
@@ -186,12 +228,8 @@ def compose(query: str, passages: list[Passage]) -> str:
             if overlap:
                 sentences.append((overlap / (1 + len(sentence) / 400), " ".join(sentence.split()), passage.id))
     sentences.sort(key=lambda entry: -entry[0])
-    chosen = sentences[:2]
-    citations = list(dict.fromkeys(source for _, _, source in chosen))
-    answer = " ".join(f"{text} [{source}]" for _, text, source in chosen) or "The passages do not say."
+    answer = " ".join(f"{text} [{source}]" for _, text, source in sentences[:2]) or "The passages do not say."
     current_stage().set(
-        answer=answer,
-        citations=citations,
         tokens_in=sum(len(passage.text.split()) for passage in passages) + len(query.split()),
         tokens_out=len(answer.split()),
     )
@@ -224,7 +262,7 @@ def answer(library: Library, question: str, relevant: tuple[str, ...] = ()) -> s
                 kept = rerank(query, found)
                 stage.set(input_count=len(found), output_count=len(kept), scores=[score for _, score in kept])
 
-        text = compose(query, [passage for passage, _ in kept])
+        text = compose(question, query, [passage for passage, _ in kept])
         cited = "[" in text
         tracer.record_stage("answer_validation", attributes={"passed": cited, "rule": "has a citation"})
         request.set(passages_used=len(kept), answer_characters=len(text))
@@ -370,6 +408,8 @@ def main(on_answer: Callable[[str, str], None] = lambda question, text: None) ->
             text = answer(library, question, relevant)
         except UnsupportedLanguageError as error:
             text = f"(refused: {error})"
+        except requests.RequestException as error:
+            text = f"(the model failed: {type(error).__name__})"
         on_answer(question, text)
     return tracer.shutdown(timeout=30)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import signal
 import socket
 import sqlite3
@@ -17,8 +18,9 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -531,3 +533,56 @@ def test_the_real_program_is_traced_as_a_tree(tmp_path: Path) -> None:
                 assert event["trace_id"] == roots[event["parent_stage_id"]]["trace_id"]
         korean = [e for e in events if e["stage_type"] == "input" and "임시 파일" in e["attributes"]["query"]]
         assert len(korean) == 1
+
+
+class Model(BaseHTTPRequestHandler):
+    """A model with OpenAI's API, which fails the first time."""
+
+    asked: ClassVar[list[Any]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        answer = {
+            "choices": [{"message": {"content": "Use it [json.loads]."}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 300, "completion_tokens": 5},
+        }
+        body = json.dumps(answer).encode()
+        self.send_response(500 if len(self.asked) == 1 else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_real_program_asks_a_model_that_it_is_pointed_at(server: LiveServer) -> None:
+    run_id = f"run-{uuid.uuid4()}"
+    model = ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    thread = threading.Thread(target=model.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "rag_tracing" / "custom_rag_example.py")],
+            env={
+                **clean_environment(),
+                "EVALVAULT_API_URL": server.url,
+                "EVALVAULT_RUN_ID": run_id,
+                "LLM_API_URL": f"http://127.0.0.1:{model.server_port}/v1",
+                "LLM_MODEL": "local-7b",
+            },
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    finally:
+        model.shutdown()
+        thread.join()
+        model.server_close()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "[json.encoder.JSONEncoder]" in Model.asked[0]["messages"][1]["content"], "the passages that were found"
+    failed, answered, *_ = (event for event in stored(server, run_id) if event["stage_type"] == "output")
+    assert (failed["status"], failed["attributes"]["error"]["type"]) == ("error", "requests.exceptions.HTTPError")
+    assert answered["metadata"]["model"] == "local-7b"
+    assert answered["attributes"]["tokens_in"] == 300
+    assert answered["attributes"]["finish_reason"] == "stop"
