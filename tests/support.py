@@ -46,6 +46,20 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+def said_without(package: str, statements: str, folder: Path) -> str:
+    """Return what a program that fails says, where `package` is not installed."""
+    (folder / f"{package}.py").write_text(f"raise ImportError('hidden', name={package!r})")
+    environment = clean_environment()
+    done = subprocess.run(
+        [sys.executable, "-c", statements],
+        env={**environment, "PYTHONPATH": f"{folder}:{environment['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout
+    return done.stderr
+
+
 def new_threads(before: set[threading.Thread]) -> int:
     """How many threads run that did not run `before`: what other tests left behind may end at any time."""
     return len(set(threading.enumerate()) - before)

@@ -29,7 +29,7 @@ from evalvault_sdk.delivery.transport import Delivered, Refused, RejectedEvent, 
 from evalvault_sdk.delivery.transport.otlp import OtlpTransport, request_of
 from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
 from evalvault_sdk.server.otlp import read_spans, stage_event_of
-from tests.support import DATA, LiveServer, balances, clean_environment, live_server, wait_for
+from tests.support import DATA, LiveServer, balances, clean_environment, live_server, said_without, wait_for
 
 URL = "http://collector.test:4318/v1/traces"
 PROTOBUF = "application/x-protobuf"
@@ -441,15 +441,5 @@ def test_events_go_to_one_place() -> None:
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
-    hidden = tmp_path / "opentelemetry"
-    hidden.mkdir()
-    (hidden / "__init__.py").write_text("raise ImportError('hidden', name='opentelemetry')")
-    environment = clean_environment()
-    done = subprocess.run(
-        [sys.executable, "-c", "from evalvault_sdk import StageTracer; StageTracer('r', otlp_endpoint='http://x')"],
-        env={**environment, "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "pip install 'evalvault-sdk[otel]'" in done.stderr
+    statements = "from evalvault_sdk import StageTracer; StageTracer('r', otlp_endpoint='http://x')"
+    assert "pip install 'evalvault-sdk[otel]'" in said_without("opentelemetry", statements, tmp_path)

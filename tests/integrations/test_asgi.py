@@ -40,12 +40,6 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @pytest.fixture
-def tracer() -> Iterator[StageTracer]:
-    with StageTracer("r", "http://127.0.0.1:1", durability="memory", shutdown_timeout_s=0.1) as made:
-        yield made
-
-
-@pytest.fixture
 def recorded(tracer: StageTracer) -> Iterator[RecordedStages]:
     with record_stages(tracer) as stages:
         yield stages

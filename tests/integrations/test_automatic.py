@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import evalvault_sdk
 from evalvault_sdk import ConfigurationError, MissingDependencyError, StageTracer
 from evalvault_sdk.integrations import automatic
+from tests.support import said_without
 
 
 class Framework:
@@ -96,4 +98,19 @@ def test_what_is_named_and_not_installed_is_an_error_and_undoes_the_rest(framewo
 
 
 def test_the_names_are_those_of_real_integrations() -> None:
-    assert set(automatic._FRAMEWORKS) == {"langchain", "llama_index"}
+    with StageTracer("r", enabled=False) as tracer, evalvault_sdk.instrument(tracer=tracer) as done:
+        assert done.instrumented == ("langchain", "llama_index")
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("langchain", "langchain_core", "langchain"),
+        ("llama_index", "llama_index", "llama-index"),
+        ("opentelemetry", "opentelemetry", "otel"),
+        ("prometheus", "prometheus_client", "prometheus"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, module: str, package: str, extra: str) -> None:
+    said = said_without(package, f"import evalvault_sdk.integrations.{module}", tmp_path)
+    assert f"pip install 'evalvault-sdk[{extra}]'" in said

@@ -28,12 +28,6 @@ chain RunnableSequence
 
 
 @pytest.fixture
-def tracer() -> Iterator[StageTracer]:
-    with StageTracer("r", "http://127.0.0.1:1", durability="memory", shutdown_timeout_s=0.1) as made:
-        yield made
-
-
-@pytest.fixture
 def recorded(tracer: StageTracer) -> Iterator[RecordedStages]:
     with record_stages(tracer) as stages:
         yield stages

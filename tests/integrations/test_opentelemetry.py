@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -27,20 +23,7 @@ from evalvault_sdk import StageEvent, StageTracer, current_stage, trace_headers
 from evalvault_sdk.capture import context
 from evalvault_sdk.integrations.opentelemetry import EvalVaultSpanProcessor
 from evalvault_sdk.server.otlp import read_spans, stage_event_of
-from evalvault_sdk.testing import CapturingTransport, RecordedStages, record_stages
-from tests.support import clean_environment
-
-
-@pytest.fixture
-def tracer() -> Iterator[StageTracer]:
-    with StageTracer("r", "http://127.0.0.1:1", durability="memory", shutdown_timeout_s=0.1) as made:
-        yield made
-
-
-@pytest.fixture
-def recorded(tracer: StageTracer) -> Iterator[RecordedStages]:
-    with record_stages(tracer) as stages:
-        yield stages
+from evalvault_sdk.testing import CapturingTransport, RecordedStages
 
 
 @pytest.fixture
@@ -310,18 +293,3 @@ def test_the_packages_own_functions_record_if_no_tracer_is_given(recorded: Recor
         pass
     provider.shutdown()
     assert recorded.events[0].stage_name == "x"
-
-
-def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
-    hidden = tmp_path / "opentelemetry"
-    hidden.mkdir()
-    (hidden / "__init__.py").write_text("raise ImportError('hidden', name='opentelemetry')")
-    environment = clean_environment()
-    done = subprocess.run(
-        [sys.executable, "-c", "import evalvault_sdk.integrations.opentelemetry"],
-        env={**environment, "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert re.search(r"pip install 'evalvault-sdk\[otel\]'", done.stderr)
