@@ -119,6 +119,7 @@ class DefaultTracer(Stages):
 
     def shutdown(self, timeout: float | None = None) -> FlushReport:
         """Deliver what was recorded and end. See `StageTracer.shutdown`."""
+        self._recorder.end_sources()
         tracer = self._recorder.tracer
         return _NOTHING if tracer is None else tracer.shutdown(timeout)
 

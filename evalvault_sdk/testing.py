@@ -29,7 +29,8 @@ from evalvault_sdk.capture.recorder import Note, RefusalReason
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.default import default
 from evalvault_sdk.delivery.batch import Batch
-from evalvault_sdk.delivery.transport.base import Delivered, Outcome
+from evalvault_sdk.delivery.transport.base import Delivered, Outcome, RejectedEvent
+from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.events import StageEvent, StagePayloadRef
 
 __all__ = ["CapturingTransport", "FakeClock", "RecordedStage", "RecordedStages", "record_stages"]
@@ -55,11 +56,17 @@ class CapturingTransport:
             return list(self._events)
 
     def send(self, batch: Batch, *, timeout_s: float | None = None) -> Outcome:
-        """Keep a batch."""
-        events = [StageEvent.from_dict(orjson.loads(event)) for event in batch.events]
-        with self._lock:
-            self._events += events
-        return Delivered()
+        """Keep a batch, but for events that break EvalVault's rules."""
+        rejected: list[RejectedEvent] = []
+        for place, event in enumerate(batch.events):
+            try:
+                taken = StageEvent.from_dict(orjson.loads(event))
+            except InvalidStageEventError as error:
+                rejected.append(RejectedEvent(place, str(error)))
+            else:
+                with self._lock:
+                    self._events.append(taken)
+        return Delivered(tuple(rejected))
 
     def close(self) -> None:
         """Do nothing."""

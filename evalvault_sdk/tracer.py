@@ -99,6 +99,7 @@ class StageTracer(Stages):
         The next process that delivers to the same place sends it. What is recorded later is counted as dropped
         (`closed`). May be called again, to no effect.
         """
+        self._recorder.end_sources()
         self._finalizer.detach()
         return self._outbox.shutdown(timeout)
 

@@ -122,7 +122,10 @@ def here() -> Scope | None:
     """Return the innermost scope that the code runs in, whoever knows of it."""
     scope = open_scope.get()
     for finder in finders:
-        found = finder()
+        try:
+            found = finder()
+        except Exception:  # noqa: BLE001,S112 - a framework of another version, or a span of another make
+            continue
         if found is not None and not found.is_around(scope):
             scope = found
     return scope

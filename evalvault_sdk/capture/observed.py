@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Hashable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from evalvault_sdk.capture import clock
@@ -24,6 +26,21 @@ from evalvault_sdk.capture.stages import Stages
 _MAX_ENDED = 4_096
 #: What an end that nobody told of is recorded with, as `cancelled_by`.
 EVICTED = "never_ended"
+
+
+#: The stages that were entered, the innermost first; ended ones are passed over.
+_Entered = tuple["weakref.ref[StageContext]", Any]
+_entered: ContextVar[_Entered | None] = ContextVar("evalvault_entered", default=None)
+
+
+def _innermost(entered: _Entered | None, recorder: Recorder | None = None) -> _Entered | None:
+    """Return what is left of them from the innermost open one on, which is `recorder`'s if that is given."""
+    while entered is not None:
+        stage = entered[0]()
+        if stage is not None and stage._open and (recorder is None or stage._recorder is recorder):
+            return entered
+        entered = entered[1]
+    return None
 
 
 class ObservedStages:
@@ -103,6 +120,14 @@ class ObservedStages:
             self._recorder.fault("beginning an observed stage", error)
             return None
 
+    def enter(self, stage: StageContext) -> None:
+        """
+        Take it that what this code goes on to do runs in `stage`, until that ends.
+
+        For what a framework runs in the context in which it told of the beginning, without a variable of its own.
+        """
+        _entered.set((weakref.ref(stage), _innermost(_entered.get())))
+
     def leave_out(self, key: Hashable, parent_key: Hashable | None) -> None:
         """Make no stage of `key`: what runs in it is below `parent_key`. Its end may be told, and need not be."""
         if self._recorder.enabled:
@@ -162,12 +187,13 @@ class ObservedStages:
         return self._open.get(key) or self._known.get(key)
 
     def _scope_here(self) -> Scope | None:
-        try:
-            key = self._find() if self._find is not None else None
-            scope = None if key is None else self._scope_of(key)
-            return scope if scope is not None and scope._open else None
-        except Exception:  # noqa: BLE001 - a framework of another version
-            return None
+        key = self._find() if self._find is not None else None
+        scope = None if key is None else self._scope_of(key)
+        if scope is not None and not scope._open:
+            scope = None
+        entered = _innermost(_entered.get(), self._recorder)
+        stage = None if entered is None else entered[0]()
+        return scope if stage is None or stage.is_around(scope) else stage
 
     def _remember(self, key: Hashable, scope: Scope) -> None:
         known = self._known
@@ -193,7 +219,7 @@ class ObservedStages:
 class _ObservedStage(StageContext):
     """A stage that a framework begins and ends."""
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     _is_observed = True
 

@@ -8,6 +8,7 @@ Caller's thread. Never raises: whatever goes wrong here is ours, and the host pr
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -42,6 +43,13 @@ class Sink(Protocol):
         """Count something else."""
 
 
+class Source(Protocol):
+    """What observes a framework, and may have stages open."""
+
+    def close(self, why: str) -> None:
+        """Record what is open as cancelled by `why`."""
+
+
 @attrs.frozen(kw_only=True)
 class Setup:
     """How a recorder records. Replaced as one, so that no event goes half the old way and half the new one."""
@@ -63,7 +71,7 @@ class Setup:
 class Recorder:
     """One run's way from fields to the sink. As long as it is referred to, its worker goes on."""
 
-    __slots__ = ("__weakref__", "_log", "_own", "_watches", "setup")
+    __slots__ = ("__weakref__", "_log", "_own", "_sources", "_watches", "setup")
 
     def __init__(
         self,
@@ -80,6 +88,7 @@ class Recorder:
     ) -> None:
         self._log = log or Rarely()
         self._watches: tuple[tuple[Sink, PayloadStore], ...] = ()
+        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self.follow(
             Setup(
                 run_id=run_id,
@@ -102,6 +111,18 @@ class Recorder:
     def enabled(self) -> bool:
         """Whether stages need to be measured."""
         return self.setup.enabled
+
+    def add_source(self, source: Source) -> None:
+        """Have `source` record what it has open before recording ends."""
+        self._sources.add(source)
+
+    def end_sources(self) -> None:
+        """Have what is open recorded as it is: nothing can be recorded later."""
+        for source in list(self._sources):
+            try:
+                source.close("shutdown")
+            except Exception as error:  # noqa: BLE001 - see the module's promise
+                self.fault("ending what is open", error)
 
     def make_ready(self) -> None:
         """See to it that `run_id` and the rest are those that will be recorded with."""

@@ -35,6 +35,15 @@ _MAX_TRACEPARENT_BYTES = 256
 _MAX_TRACESTATE_BYTES = 8_192
 #: What frameworks raise when the client has gone.
 _DISCONNECTS = ("ClientDisconnect", "WebSocketDisconnect")
+#: The parts of an answer; a file may be handed to the server by its path, or as a descriptor.
+_BODIES = frozenset(
+    {
+        "http.response.body",
+        "http.response.pathsend",
+        "http.response.zerocopysend",
+        "websocket.http.response.body",
+    }
+)
 #: A WebSocket that is closed with one of these came to its end (RFC 6455, 7.4.1).
 _ORDERLY_CLOSES = (1000, 1001, 1005)
 #: The connection was lost; the app could not go on.
@@ -164,8 +173,8 @@ class _Request:
         kind = message.get("type")
         if kind in ("http.response.start", "websocket.http.response.start"):
             self._status_code = message.get("status")
-        elif kind in ("http.response.body", "websocket.http.response.body"):
-            if not message.get("more_body", False):
+        elif kind in _BODIES:
+            if not message.get("more_body", False) and not self._has_gone:
                 self._is_complete = True
                 # What the app does now is done in the background. But where it failed, it may yet say how.
                 if self._status_code is not None and self._status_code < 500:

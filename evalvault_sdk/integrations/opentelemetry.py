@@ -120,6 +120,7 @@ class EvalVaultSpanProcessor(SpanProcessor):
         if self._resource[0] is not span.resource:
             self._resource = (span.resource, shared(_attributes(span.resource.attributes)))
         made_by = span.instrumentation_scope
+        started = max(int(span.start_time or 0), 0)  # a program may give a float
         return Span(
             trace_id=f"{context.trace_id:032x}",
             span_id=f"{context.span_id:016x}",
@@ -127,9 +128,9 @@ class EvalVaultSpanProcessor(SpanProcessor):
             trace_state=context.trace_state.to_header() if context.trace_state else "",
             name=storable(span.name),
             kind=span.kind.name.lower(),
-            start_time_unix_nano=span.start_time or 0,
+            start_time_unix_nano=started,
             # The wall clock may have been set back meanwhile.
-            end_time_unix_nano=max(span.end_time or 0, span.start_time or 0),
+            end_time_unix_nano=max(int(span.end_time or 0), started),
             status_code=span.status.status_code.name.lower(),
             status_message=storable(span.status.description or ""),
             attributes=_attributes(span.attributes),

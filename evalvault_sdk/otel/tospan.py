@@ -41,7 +41,7 @@ _STAGE_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-
 _SPAN_ID = re.compile(r"(?!0{16})[0-9a-f]{16}")
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _ELEMENT = re.compile(r"(\w+\.(?:output_)?documents\.)\d+\.")
-_INT64 = range(-(2**63), 2**63)
+_INT64_END = 2**63
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MAX_NS = 2**64 - 1
 
@@ -130,7 +130,7 @@ def _flat(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | float) or (isinstance(value, int) and value in _INT64)
+    return isinstance(value, str | float) or (isinstance(value, int) and -_INT64_END <= value < _INT64_END)
 
 
 def _is_list_of_scalars(value: Any) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from evalvault_sdk import StageTracer, current_stage, trace_headers
 from evalvault_sdk.capture import clock, context
+from evalvault_sdk.capture import observed as observed_module
 from evalvault_sdk.capture.observed import EVICTED, ObservedStages
 from evalvault_sdk.testing import FakeClock, RecordedStages, record_stages
 
@@ -305,3 +306,78 @@ def test_closing_ends_what_is_open(tracer: StageTracer, recorded: RecordedStages
     observed.close("uninstrumented")
     assert recorded.find("a").attributes == {"cancelled_by": "uninstrumented"}
     assert len(observed) == 0
+
+
+def test_what_is_entered_is_around_what_goes_on_until_it_ends(
+    tracer: StageTracer, observed: ObservedStages, recorded: RecordedStages
+) -> None:
+    def enter(key: str) -> None:
+        stage = observed.begin(key, None, key)
+        assert stage is not None
+        observed.enter(stage)
+
+    with tracer.stage("request"):
+        enter("retriever")
+        with tracer.stage("search"):
+            enter("embedding")
+            tracer.record_stage("call")
+            observed.end("embedding")
+            tracer.record_stage("found")
+        run(observed, "chain", None, lambda: tracer.record_stage("in the chain"))
+        observed.end("retriever")
+        tracer.record_stage("after")
+    outline = (
+        "request\n  retriever\n    search\n      embedding\n        call\n      found\n    chain\n      in the chain"
+    )
+    assert recorded.outline() == outline + "\n  after"
+
+
+def test_the_end_of_what_was_entered_may_be_told_in_another_context(
+    tracer: StageTracer, observed: ObservedStages, recorded: RecordedStages
+) -> None:
+    for number in range(1_000):
+        stage = observed.begin(number, None, "retriever")
+        assert stage is not None
+        observed.enter(stage)
+        contextvars.copy_context().run(observed.end, number)
+    tracer.record_stage("after")
+    assert [event.parent_stage_id for event in recorded.events] == [None] * 1_001
+    entered = observed_module._entered.get()
+    assert entered is not None
+    assert entered[1] is None, "ended ones are not kept in a chain"
+    del stage
+    assert entered[0]() is None
+
+
+def test_a_tracer_does_not_find_what_was_entered_for_another(
+    tracer: StageTracer, observed: ObservedStages, recorded: RecordedStages
+) -> None:
+    stage = observed.begin("retriever", None, "retriever")
+    assert stage is not None
+    observed.enter(stage)
+    with StageTracer("another", "http://127.0.0.1:1", durability="memory", shutdown_timeout_s=0.1) as other:
+        others = ObservedStages(other)
+        others.attach()
+        observed.detach()
+        assert current_stage() is not stage
+        others.detach()
+    observed.attach()
+    assert current_stage() is stage
+
+
+def test_what_is_open_when_recording_ends_is_recorded(recorded: RecordedStages, tracer: StageTracer) -> None:
+    class Source:
+        def __init__(self) -> None:
+            self.observed = ObservedStages(tracer)
+
+        def close(self, why: str) -> None:
+            self.observed.close(why)
+
+    source, broken = Source(), Source()
+    broken.observed = None  # type: ignore[assignment]
+    tracer._recorder.add_source(broken)
+    tracer._recorder.add_source(source)
+    source.observed.begin("a", None, "a")
+    tracer.shutdown(0.1)
+    assert recorded.find("a").attributes == {"cancelled_by": "shutdown"}
+    assert recorded.refused == {"internal_error": 1}

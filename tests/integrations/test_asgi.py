@@ -587,3 +587,25 @@ def test_a_websocket_ends_as_its_close_code_says(
         ask(app, type="websocket", receive=told)
     request = recorded.find("request")
     assert (request.status, request.attributes["close_code"]) == (status, code)
+
+
+def test_a_file_that_the_server_sends_itself_completes_the_answer(
+    tracer: StageTracer, recorded: RecordedStages
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.pathsend", "path": "/a.pdf"})
+
+    ask(EvalVaultMiddleware(app, tracer, request_stage=True))
+    assert recorded.find("request").status == "success"
+
+
+def test_what_is_completed_after_the_client_left_is_cancelled(tracer: StageTracer, recorded: RecordedStages) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.body", "body": b"", "more_body": False})  # as BaseHTTPMiddleware does
+
+    ask(EvalVaultMiddleware(app, tracer, request_stage=True), receive=[{"type": "http.disconnect"}])
+    assert recorded.find("request").status == "cancelled"

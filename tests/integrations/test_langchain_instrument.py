@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -159,3 +160,22 @@ def test_what_we_cannot_read_of_a_compressor_is_no_concern_of_the_programs(
         assert list(Odd().compress_documents([], query="q")) == []
     assert recorded.notes.pop("hook_errors") == 1
     assert len(recorded) == 0
+
+
+def test_a_compressor_that_is_closed_in_another_context_closes_quietly(tracer: StageTracer) -> None:
+    class Slow(BaseDocumentCompressor):
+        def compress_documents(self, documents: Any, query: str, callbacks: Any = None) -> Any:
+            return documents
+
+        async def acompress_documents(self, documents: Any, query: str, callbacks: Any = None) -> Any:
+            await asyncio.sleep(60)
+
+    async def begin() -> Any:
+        asyncio.get_running_loop()
+        waiting: Any = Slow().acompress_documents([], "q")
+        waiting.send(None)
+        return waiting
+
+    with instrument_langchain(tracer):
+        waiting = asyncio.run(begin())
+        contextvars.copy_context().run(waiting.close)

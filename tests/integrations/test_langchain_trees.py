@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.tools import tool
 
 from evalvault_sdk import StageTracer
 from evalvault_sdk.integrations.langchain import EvalVaultCallbackHandler
 from evalvault_sdk.server.metrics import metrics_of
-from evalvault_sdk.testing import RecordedStage, RecordedStages, record_stages
-from tests.integrations.langchain_programs import Scripted, agent, graph, rag_chain
+from evalvault_sdk.testing import CapturingTransport, RecordedStage, RecordedStages, record_stages
+from tests.integrations.langchain_programs import PROMPT, Passages, Scripted, agent, graph, joined, rag_chain
 
 LCEL = """
 chain RunnableSequence
@@ -264,3 +267,95 @@ def test_content_none_sends_no_text(recorded: RecordedStages) -> None:
         texts = str([event.to_dict() for event in stages.events])
         assert len(stages) == 7
         assert "secret" not in texts
+
+
+@pytest.fixture
+def traced_inside(tracer: StageTracer) -> Any:
+    """A retriever and a model that record stages of their own."""
+
+    class Retriever(Passages):
+        def _get_relevant_documents(self, query: str, *, run_manager: Any = None) -> list[Document]:
+            with tracer.stage("vector_search"):
+                return super()._get_relevant_documents(query, run_manager=run_manager)
+
+    class Model(Scripted):
+        def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> Any:
+            with tracer.stage("http_call"):
+                return super()._generate(messages, stop, run_manager, **kwargs)
+
+    return Retriever(), Model()
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_stages_of_the_program_are_below_the_retriever_and_the_model_that_they_run_in(
+    tracer: StageTracer, recorded: RecordedStages, handler: EvalVaultCallbackHandler, traced_inside: Any, way: str
+) -> None:
+    retriever, model = traced_inside
+    config: Any = {"callbacks": [handler]}
+
+    def ask(runnable: Any, given: Any) -> Any:
+        return runnable.invoke(given, config) if way == "sync" else asyncio.run(runnable.ainvoke(given, config))
+
+    ask(retriever, "q")
+    ask(model, "q")
+    assert recorded.outline() == "retrieval\n  vector_search\noutput\n  http_call"
+    recorded.clear()
+    ask({"context": retriever | joined, "question": RunnablePassthrough()} | PROMPT | model, "q")
+    tracer.record_stage("after")
+    outline = [
+        line for line in recorded.outline().splitlines() if "search" in line or "call" in line or "after" in line
+    ]
+    assert outline == ["    vector_search", "    http_call", "after"]
+
+
+def test_what_a_program_does_between_the_items_of_a_model_is_not_in_the_model(
+    tracer: StageTracer, recorded: RecordedStages, handler: EvalVaultCallbackHandler
+) -> None:
+    with tracer.stage("request"):
+        for _ in Scripted().stream("one two", {"callbacks": [handler]}):
+            tracer.record_stage("shown")
+    assert set(re.findall(r"^ *shown", recorded.outline(), flags=re.MULTILINE)) == {"  shown"}
+
+
+def test_a_tool_whose_task_is_cancelled_is_cancelled_too(
+    recorded: RecordedStages, handler: EvalVaultCallbackHandler
+) -> None:
+    @tool
+    async def slow(city: str) -> str:
+        """Take too long."""
+        await asyncio.sleep(60)
+        return city
+
+    async def ask() -> None:
+        chain: Any = RunnableLambda(lambda city: {"city": city}) | slow
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(chain.ainvoke("Seoul", {"callbacks": [handler]}), 0.05)
+
+    asyncio.run(ask())
+    assert (recorded.find("tool").status, recorded.find("chain").status) == ("cancelled", "cancelled")
+
+
+def test_what_a_retriever_gives_that_cannot_be_read_ends_it_all_the_same(
+    recorded: RecordedStages, handler: EvalVaultCallbackHandler
+) -> None:
+    class Lazy(Passages):
+        def _get_relevant_documents(self, query: str, *, run_manager: Any = None) -> Any:
+            return iter(super()._get_relevant_documents(query, run_manager=run_manager))
+
+    found: Any = Lazy().invoke("q", {"callbacks": [handler]})
+    assert [document.metadata["id"] for document in found] == ["q-1", "q-2"]
+    assert recorded.find("retrieval").status == "success"
+
+
+def test_what_is_open_and_what_is_held_when_the_tracer_ends_is_recorded() -> None:
+    transport = CapturingTransport()
+    tracer = StageTracer("r", transport=transport)
+
+    def end(answer: Any) -> Any:
+        tracer.shutdown()
+        return answer
+
+    chain: Any = Scripted() | RunnableLambda(end)
+    chain.invoke("q", {"callbacks": [EvalVaultCallbackHandler(tracer)]})
+    statuses = {event.stage_type: event.status for event in transport.events}
+    assert statuses == {"input": "success", "output": "success", "chain": "cancelled"}

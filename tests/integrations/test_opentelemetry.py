@@ -293,3 +293,22 @@ def test_the_packages_own_functions_record_if_no_tracer_is_given(recorded: Recor
         pass
     provider.shutdown()
     assert recorded.events[0].stage_name == "x"
+
+
+def test_times_that_are_no_plain_integers_hang_nothing(spans: trace.Tracer, recorded: RecordedStages) -> None:
+    started_ns = 1_767_780_000 * 10**9
+    span = spans.start_span("retrieve", start_time=float(started_ns))  # type: ignore[arg-type]
+    span.end(end_time=started_ns + 5_000_000)
+    (event,) = recorded.events
+    assert event.duration_ms == 5
+
+
+def test_a_span_of_another_make_is_no_error_of_the_programs(spans: trace.Tracer, tracer: StageTracer) -> None:
+    class Gone(trace.NonRecordingSpan):
+        def get_span_context(self) -> trace.SpanContext:
+            raise RuntimeError("span is gone")
+
+    with trace.use_span(Gone(trace.INVALID_SPAN_CONTEXT)):
+        with tracer.stage("own"):
+            tracer.record_stage("note")
+        tracer.bind(print)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -45,6 +46,20 @@ def _harmless(callback: F) -> F:
             callback(self, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the host program must not feel our faults
             self.runs.recorder.misread("LangChain", error)
+
+    return called  # type: ignore[return-value]
+
+
+def _ends(callback: F) -> F:
+    """Do the same for a callback that tells of an end: what cannot be read of it must not keep the stage open."""
+    harmless = _harmless(callback)
+
+    @functools.wraps(callback)
+    def called(self: EvalVaultCallbackHandler, result: Any, *args: Any, run_id: UUID, **told: Any) -> None:
+        try:
+            harmless(self, result, *args, run_id=run_id, **told)
+        finally:  # to no effect if it has ended
+            self.runs.end(run_id, result if isinstance(result, BaseException) else None)
 
     return called  # type: ignore[return-value]
 
@@ -100,7 +115,7 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
         if stage.stage_type in ("retrieval", "rerank", "query_rewrite") and (query := content.query_of(inputs)):
             stage.set(**{"original" if stage.stage_type == "query_rewrite" else "query": query})
 
-    @_harmless
+    @_ends
     def on_chain_end(self, outputs: Any, *, run_id: UUID, inputs: Any = None, **told: Any) -> None:
         """End a stage. What was given to a stream is told only now."""
         run, stage = self.runs.get(run_id), self.runs.observed.get(run_id)
@@ -115,15 +130,13 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
                 stage.set(**content.documents_of(outputs))
             elif stage.stage_type in ("output", "query_rewrite") and (text := content.text_of(outputs)):
                 stage.set(**{"answer" if stage.stage_type == "output" else "rewritten": text})
-        self.runs.end(run_id)
 
-    @_harmless
+    @_ends
     def on_chain_error(self, error: BaseException, *, run_id: UUID, inputs: Any = None, **told: Any) -> None:
         """End a stage that failed, was cancelled, or was left by LangGraph's own exceptions."""
         run, stage = self.runs.get(run_id), self.runs.observed.get(run_id)
         if run is not None and stage is not None:
             self._ask_late(run, stage, inputs)
-        self.runs.end(run_id, error)
 
     def _ask_late(self, run: Run, stage: StageContext, inputs: Any) -> None:
         if inputs is not None and run.root is run and run.query is None:
@@ -195,9 +208,12 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
             "max_tokens": known.get("ls_max_tokens", asked.get("max_tokens")),
         }
         attributes = {name: value for name, value in attributes.items() if value is not None}
-        return self.runs.begin(
+        begun = self.runs.begin(
             "model", run_id, parent_run_id, _name(serialized, told), tags, metadata, attributes=attributes
         )
+        if begun is not None and not _streams():
+            self.runs.observed.enter(begun[1])
+        return begun
 
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **told: Any) -> None:
         """Note the first token's time, and count. Called for each token: it may cost next to nothing."""
@@ -212,7 +228,7 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
         if look(event, "event") == "content-block-delta":
             self.on_llm_new_token(event, run_id=run_id)
 
-    @_harmless
+    @_ends
     def on_llm_end(self, response: Any, *, run_id: UUID, **told: Any) -> None:
         """End the stage of a model."""
         run, stage = self.runs.get(run_id), self.runs.observed.get(run_id)
@@ -232,9 +248,8 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
             if queries:
                 self.runs.hold(run, queries)
                 return
-        self.runs.end(run_id)
 
-    @_harmless
+    @_ends
     def on_llm_error(self, error: BaseException, *, run_id: UUID, response: Any = None, **told: Any) -> None:
         """End the stage of a model that failed, with what it said before."""
         run, stage = self.runs.get(run_id), self.runs.observed.get(run_id)
@@ -242,7 +257,6 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
             self._streamed(run, stage)
             if response is not None:
                 stage.set(**{**content.result_of(response), **stage.attributes})
-        self.runs.end(run_id, error)
 
     def _streamed(self, run: Run, stage: StageContext) -> None:
         if run.chunks:
@@ -273,11 +287,15 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
         begun = self.runs.begin(
             "retriever", run_id, parent_run_id, _name(serialized, told), tags, metadata, attributes=attributes
         )
+        if begun is None:
+            return
+        run, stage = begun
+        self.runs.observed.enter(stage)
         compressor = look(retriever, "base_compressor")
-        if begun is not None and compressor is not None:
-            begun[0].compressor = type(compressor).__name__
+        if compressor is not None:
+            run.compressor = type(compressor).__name__
 
-    @_harmless
+    @_ends
     def on_retriever_end(self, documents: Sequence[Any], *, run_id: UUID, **told: Any) -> None:
         """End a retrieval; one that compressed what another one found has reranked it."""
         run, stage = self.runs.get(run_id), self.runs.observed.get(run_id)
@@ -303,12 +321,10 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
                     parent=stage,
                 )
             self.runs.found(told.get("parent_run_id"), len(documents))
-        self.runs.end(run_id)
 
-    @_harmless
+    @_ends
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **told: Any) -> None:
         """End a retrieval that failed."""
-        self.runs.end(run_id, error)
 
     # -- tools -----------------------------------------------------------------------------------------
 
@@ -330,7 +346,7 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
         attributes = {"tool_name": name, "input": input_str if inputs is None else inputs}
         self.runs.begin("tool", run_id, parent_run_id, name, tags, metadata, attributes=attributes)
 
-    @_harmless
+    @_ends
     def on_tool_end(self, output: Any, *, run_id: UUID, **told: Any) -> None:
         """End the stage of a tool; one that gives documents back beside its text, and ran no retriever, retrieved."""
         run, stage = self.runs.get(run_id), self.runs.observed.get(run_id)
@@ -346,12 +362,10 @@ class EvalVaultCallbackHandler(BaseCallbackHandler):
                 stage.set(**content.documents_of(output if artifact is None else artifact))
             if look(output, "status") == "error":
                 stage.fail(content.text_of(output) or "the tool says so", kind="ToolException")
-        self.runs.end(run_id)
 
-    @_harmless
+    @_ends
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **told: Any) -> None:
         """End the stage of a tool that failed."""
-        self.runs.end(run_id, error)
 
     @_harmless
     def on_retry(self, retry_state: Any, *, run_id: UUID, **told: Any) -> None:
@@ -369,17 +383,27 @@ def _name(serialized: Mapping[str, Any] | None, told: Mapping[str, Any]) -> str:
     return str(name) if name else "unnamed"
 
 
-def _retriever() -> Any:
-    """Return the retriever whose `invoke` begins its run: LangChain tells nothing of it but its name."""
-    frame = sys._getframe(2)
+def _caller(*names: str) -> FrameType | None:
+    """Return the frame of the method of LangChain, one of these, that begins the run: it tells nothing of it."""
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(_MAX_FRAMES):
-        if frame.f_code.co_name in ("invoke", "ainvoke"):
-            caller = frame.f_locals.get("self")
-            return caller if hasattr(caller, "_get_relevant_documents") else None
-        if frame.f_back is None:
-            break
+        if frame is None or frame.f_code.co_name in names:
+            return frame
         frame = frame.f_back
     return None
+
+
+def _retriever() -> Any:
+    """Return the retriever whose run begins."""
+    frame = _caller("invoke", "ainvoke")
+    caller = None if frame is None else frame.f_locals.get("self")
+    return caller if hasattr(caller, "_get_relevant_documents") else None
+
+
+def _streams() -> bool:
+    """Whether the model whose run begins is read as a stream: between its items the program's own code runs."""
+    frame = _caller("generate", "agenerate", "stream", "astream")
+    return frame is None or frame.f_code.co_name in ("stream", "astream")
 
 
 def _top_k(retriever: Any) -> int | None:

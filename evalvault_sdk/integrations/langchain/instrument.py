@@ -161,12 +161,13 @@ def _rerank(compressor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
     if stage is None:
         yield None
         return
-    token = _compressing.set(compressor)
+    before = _compressing.get()
+    _compressing.set(compressor)
     try:
         with stage:
             yield stage
     finally:
-        _compressing.reset(token)
+        _compressing.set(before)  # no token: a coroutine may be closed in another context
 
 
 def _stage(runs: Runs, compressor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StageContext | None:

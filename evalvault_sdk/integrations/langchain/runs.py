@@ -30,6 +30,7 @@ from evalvault_sdk.capture.observed import ObservedStages
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stages import Stages
+from evalvault_sdk.errors import cancellation
 from evalvault_sdk.integrations.langchain.current import current_run_id
 
 Kind = Literal["chain", "prompt", "parser", "model", "retriever", "tool"]
@@ -90,6 +91,7 @@ class Run:
     __slots__ = (
         "around",
         "attempt",
+        "below",
         "chunks",
         "compressor",
         "first_token_perf_ns",
@@ -99,6 +101,7 @@ class Run:
         "is_left_out",
         "key",
         "kind",
+        "parent",
         "query",
         "reranked",
         "root",
@@ -109,6 +112,9 @@ class Run:
     def __init__(self, key: UUID, kind: Kind, parent: Run | None) -> None:
         self.key = key
         self.kind = kind
+        self.parent = parent
+        #: Those that began in it, and have not ended.
+        self.below: dict[UUID, None] = {}
         #: The run that the request began with.
         self.root: Run = self if parent is None else parent.root
         #: The innermost retriever or tool that it is, or runs in.
@@ -142,8 +148,15 @@ class Runs:
         self._runs: dict[UUID, Run] = {}
         self._prompts: dict[tuple[object, int], None] = {}
         self.observed.attach()
+        self.recorder.add_source(self)
         # Only the handlers keep this alive, of which a program may make one for each request.
         weakref.finalize(self, _give_up, self.observed, self._runs).atexit = False
+
+    def close(self, why: str) -> None:
+        """Record what is open as cancelled by `why`, and the models' stages that are held."""
+        for run in list(self._runs.values()):
+            _release(run)
+        self.observed.close(why)
 
     def get(self, key: UUID | None) -> Run | None:
         """Return the run, if it has begun and not ended."""
@@ -170,6 +183,8 @@ class Runs:
                 if tag.startswith(_ATTEMPT) and tag[len(_ATTEMPT) :].isdecimal():
                     run.attempt = int(tag[len(_ATTEMPT) :])
         self._runs[key] = run
+        if parent is not None:
+            parent.below[key] = None
         if len(self._runs) > _MAX_RUNS:
             self._forget_oldest()
         if stage_type is None:
@@ -199,9 +214,13 @@ class Runs:
 
     def end(self, key: UUID, error: BaseException | None = None) -> None:
         """Record the stage of a run."""
-        run = self._runs.pop(key, None)
+        run = self._forget(key)
         if run is not None:
             _release(run)
+            # Of what was called off LangChain tells the chains only, not the tool or the retriever in them.
+            if run.below and error is not None and cancellation(error) is not None:
+                for below in list(run.below):
+                    self.end(below, error)
         if error is not None and _is_control_flow(error):
             stage = self.observed.get(key)
             if stage is not None:
@@ -241,7 +260,7 @@ class Runs:
     def hold(self, run: Run, queries: frozenset[str]) -> None:
         """End the stage of a model now, but record it only when it is known whether a retriever searches for this."""
         ended_perf_ns = clock.perf_counter_ns()
-        self._runs.pop(run.key, None)
+        self._forget(run.key)
         stage = self.observed.take(run.key)
         if stage is None:
             return
@@ -292,9 +311,15 @@ class Runs:
             scope = scope._outer
         return "output"
 
+    def _forget(self, key: UUID) -> Run | None:
+        run = self._runs.pop(key, None)
+        if run is not None and run.parent is not None:
+            run.parent.below.pop(key, None)
+        return run
+
     def _forget_oldest(self) -> None:
         oldest = next(iter(self._runs), None)
-        run = None if oldest is None else self._runs.pop(oldest, None)
+        run = None if oldest is None else self._forget(oldest)
         if run is not None:
             _release(run)
 

@@ -70,6 +70,7 @@ class Spans:
         self.observed = ObservedStages(stages, self._stage_here)
         self._spans: dict[str, Span] = {}
         self._streams: Streams[Span] = Streams(self._stream_ended)
+        self._recorder.add_source(self)
 
     def __len__(self) -> int:
         """How many are known."""
