@@ -157,7 +157,7 @@ def draw_failing(console: Console, report: Mapping[str, Any]) -> None:
             f"{metric['failing']:,}",
             f"{metric['of']:,}",
             f"{metric['threshold']:g}",
-            f"{metric['worst']:,.4g}",
+            f"{metric['worst']:,.0f}" if abs(metric["worst"]) >= 1_000 else f"{metric['worst']:.4g}",
         )
     console.print(table)
     if len(failing) > _MAX_FAILING:

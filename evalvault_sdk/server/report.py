@@ -144,7 +144,7 @@ class FailureTally:
         return (
             f"[{_priority(metric.shortfall)}] {component}: {title} - {hint} "
             f"({name} is {relation} {metric.threshold:g} in {self._failed[name]} of {self._judged[name]} stages, "
-            f"at worst {metric.score:.4g})"
+            f"at worst {figure(metric.score)})"
         )
 
 
@@ -224,7 +224,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     if report["failing_metrics"]:
         lines += ["| Metric | Failing | Of | Threshold | Worst |", "| --- | ---: | ---: | ---: | ---: |"]
         lines += [
-            f"| {_cell(m['metric_name'])} | {m['failing']} | {m['of']} | {m['threshold']:g} | {m['worst']:.4g} |"
+            f"| {_cell(m['metric_name'])} | {m['failing']} | {m['of']} | {m['threshold']:g} | {figure(m['worst'])} |"
             for m in report["failing_metrics"]
         ]
     else:
@@ -245,3 +245,8 @@ def _ms(value: float | None) -> str:
 def _cell(value: object) -> str:
     """Return a value as the text of a table cell, in which a bar would end it."""
     return "-" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def figure(score: float) -> str:
+    """Return a number for people: four digits of it, and all that are before the point."""
+    return f"{score:.0f}" if abs(score) >= 1_000 else f"{score:.4g}"

@@ -182,7 +182,7 @@ def rerank(query: str, candidates: list[tuple[Passage, float]]) -> list[tuple[Pa
     return scored[:KEEP]
 
 
-@tracer.stage("output", metadata={"model": LLM_MODEL})
+@tracer.stage("output", attributes={"model": LLM_MODEL})
 def compose(question: str, query: str, passages: list[Passage]) -> str:
     """Return the answer, with the passages it is from in brackets."""
     answer = _ask_model(question, passages) if LLM_API_URL else _extract(query, passages)

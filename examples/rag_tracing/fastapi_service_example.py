@@ -96,7 +96,7 @@ def retrieve(library: Library, query: str, top_k: int = TOP_K) -> list[tuple[Pas
 
 
 # A stream is one stage, from its first word to its last one, or to where the client left.
-@tracer.stage("output", metadata={"model": LLM_MODEL}, capture_result=True)
+@tracer.stage("output", attributes={"model": LLM_MODEL}, on_result=lambda words: {"answer": "".join(words)})
 def generate(question: str, passages: list[Passage]) -> Generator[str, None, None]:
     """Yield the answer piece by piece."""
     current_stage().set(citations=[passage.id for passage in passages])

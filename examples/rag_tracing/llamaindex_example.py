@@ -232,8 +232,8 @@ def main(on_answer: Callable[[str, str], None] = lambda question, text: None) ->
     chat = CondensePlusContextChatEngine.from_defaults(
         retriever, llm=llm, memory=ChatMemoryBuffer.from_defaults(token_limit=3000), system_prompt=SYSTEM_PROMPT
     )
-    with tracer.trace(session_id="session-1"):
-        for question in CONVERSATION:
+    for question in CONVERSATION:
+        with tracer.trace(session_id="session-1"):  # what several requests have in common
             on_answer(question, "".join(chat.stream_chat(question).response_gen))
 
     return tracer.shutdown(timeout=30)

@@ -108,7 +108,7 @@ def test_the_service_is_asked_both_ways_and_sigterm_loses_nothing(server: LiveSe
     retrieval, output = once["below"][2:]
     assert retrieval["attributes"]["doc_ids"] == answer["passages"]
     assert retrieval["attributes"]["query"] == QUESTION["question"]
-    assert output["attributes"]["result"] == answer["answer"]
+    assert output["attributes"]["answer"] == answer["answer"]
     assert output["attributes"]["tokens_out"] == output["attributes"]["item_count"] == len(answer["answer"].split())
     assert server.get(f"summary/{service.run_id}")["missing_required_stage_types"] == []
 
@@ -177,7 +177,7 @@ def test_a_client_that_goes_away_ends_the_stream_down_to_the_model(
     assert left["attributes"]["cancelled_by"] == "client_disconnect"
     output = answered["below"][-1]
     assert (output["attributes"]["tokens_in"], output["attributes"]["tokens_out"]) == (90, 7)
-    assert output["metadata"]["model"] == "m"
+    assert output["attributes"]["model"] == "m"
     assert (failed["status"], failed["attributes"]["status_code"]) == ("error", 502)
     assert failed["below"][-1]["attributes"]["error"]["type"].endswith("ConnectionError")
 

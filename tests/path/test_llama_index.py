@@ -57,7 +57,8 @@ def test_the_server_says_something_useful_of_the_example(server: LiveServer) -> 
     assert all(tree(events, root) == ("chain", [("input", []), ("query_rewrite", []), queried]) for root in roots[:10])
     last = Counter(event["stage_type"] for event in events if event["trace_id"] == roots[-1]["trace_id"])
     assert last["query_rewrite"] == 1, "only the second question of a chat needs the first"
-    assert len({root["trace_id"] for root in roots}) == 11, "the chat is one trace"
+    assert len({root["trace_id"] for root in roots}) == 12, "each request is a trace"
+    assert [root["metadata"].get("session_id") for root in roots] == [None] * 10 + ["session-1"] * 2
     korean = next(event for event in events if event["attributes"].get("query") == "임시 파일은 어떻게 만드나요?")
     assert korean["stage_type"] in ("chain", "input")
     streamed = [event["attributes"] for event in events if "time_to_first_token_ms" in event["attributes"]]

@@ -583,6 +583,6 @@ def test_the_real_program_asks_a_model_that_it_is_pointed_at(server: LiveServer)
     assert "[json.encoder.JSONEncoder]" in Model.asked[0]["messages"][1]["content"], "the passages that were found"
     failed, answered, *_ = (event for event in stored(server, run_id) if event["stage_type"] == "output")
     assert (failed["status"], failed["attributes"]["error"]["type"]) == ("error", "requests.exceptions.HTTPError")
-    assert answered["metadata"]["model"] == "local-7b"
+    assert answered["attributes"]["model"] == "local-7b"
     assert answered["attributes"]["tokens_in"] == 300
     assert answered["attributes"]["finish_reason"] == "stop"
