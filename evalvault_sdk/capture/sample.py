@@ -16,6 +16,7 @@ such an estimate. Its events are held meanwhile, in bounds; they go with the tra
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 #: What a trace that was not drawn may hold until it ends.
 _MAX_HELD_EVENTS = 500
 _MAX_HELD_BYTES = 1 << 20
+#: What all traces of the process may hold together: of what never ends there may be many.
+_MAX_ALL_BYTES = 64 << 20
 #: The digits of a trace id that are random, says W3C Trace Context, level 2: the last 56 bits.
 _RANDOM_DIGITS = 14
 _RANDOM_RANGE = 1 << 56
@@ -44,6 +47,46 @@ class Held:
         self.bytes = 0
         #: A forked child has a copy of what is its parent's to decide upon.
         self.pid = os.getpid()
+
+    def has_room(self) -> bool:
+        """Whether one more event may be held."""
+        return len(self.events) < _MAX_HELD_EVENTS and self.bytes < _MAX_HELD_BYTES and _all.bytes < _MAX_ALL_BYTES
+
+    def add(self, recorder: Recorder, event: bytes) -> None:
+        """Hold an event."""
+        self._count(len(event))
+        self.events.append((recorder, event))
+
+    def take(self) -> tuple[Recorder, bytes]:
+        """Return the oldest event, which is held no longer. Raises `IndexError`."""
+        recorder, event = self.events.popleft()
+        self._count(-len(event))
+        return recorder, event
+
+    def _count(self, size: int) -> None:
+        with _all.lock:
+            self.bytes += size
+            _all.bytes += size
+
+    def __del__(self) -> None:
+        self._count(-self.bytes)
+
+
+class _All:
+    """What the traces of this process hold."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Begin with a lock of one's own: another thread of the parent may have held this one."""
+        self.lock = threading.RLock()  # reentrant: the garbage collector may come in the middle of it
+
+
+_all = _All()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_all.after_fork_in_child)
 
 
 @attrs.frozen(kw_only=True)
@@ -98,13 +141,12 @@ class Sampling:
         held = trace.held
         if held is None or held.pid != os.getpid():
             held = trace.hold()
-        if len(held.events) >= _MAX_HELD_EVENTS or held.bytes >= _MAX_HELD_BYTES:
+        if not held.has_room():
             return False
         fields["metadata"]["sample_kept"] = "error"  # or as long a word: the event keeps its size
         event = recorder.encode(fields)
         if event is not None:
-            held.bytes += len(event)
-            held.events.append((recorder, event))
+            held.add(recorder, event)
             if trace.ended or trace.failed:  # as another thread may have found out meanwhile
                 release(trace)
         return True
@@ -117,7 +159,7 @@ def release(trace: Trace) -> None:
         return
     for _ in range(len(held.events)):
         try:
-            recorder, event = held.events.popleft()
+            recorder, event = held.take()
         except IndexError:  # another thread was faster
             return
         why = sampling.keeps(trace) if (sampling := recorder.setup.sampling) is not None else None
@@ -128,7 +170,7 @@ def release(trace: Trace) -> None:
         elif trace.ended:
             recorder.note("sampled_out")
         else:
-            held.events.append((recorder, event))
+            held.add(recorder, event)
 
 
 def _randomness(trace_id: object) -> int:

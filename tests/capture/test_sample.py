@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 from evalvault_sdk import StageTracer
+from evalvault_sdk.capture import sample
 from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.plain import Limits
 from evalvault_sdk.capture.recorder import Recorder
@@ -331,6 +332,7 @@ def test_what_was_held_before_a_fork_is_put_once(tmp_path: Any) -> None:
     script = f"""
 import os
 from evalvault_sdk import StageTracer
+from evalvault_sdk.capture import sample
 tracer = StageTracer("r", file={str(tmp_path / "events.jsonl")!r}, sample_rate=0.0)
 with tracer.stage("root") as root:
     with tracer.stage("held"):
@@ -361,3 +363,29 @@ def test_a_kept_event_is_within_the_limit_too() -> None:
         failing(stages)
     assert types(sink) == ["large", "fails", "root"]
     assert max(map(len, sink.put_events)) <= 4096
+
+
+def test_all_traces_of_a_process_together_hold_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "_MAX_ALL_BYTES", 100_000)
+    gc.collect()
+    before = sample._all.bytes
+    tracer, sink = sampled(rate=0.0)
+    open_traces = [tracer.trace() for _ in range(100)]
+    for trace in open_traces:
+        trace.__enter__()
+        tracer.record_stage("work", attributes={"text": "x" * 5_000})
+    assert 100_000 <= sample._all.bytes < 110_000
+    assert sink.notes["sampled_out"] > 70
+    for trace in reversed(open_traces):
+        trace.__exit__(None, None, None)
+    assert sample._all.bytes == before
+    assert sink.notes["sampled_out"] == 100
+
+
+def test_a_trace_that_is_forgotten_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    before = sample._all.bytes
+    tracer, _ = sampled(rate=0.0)
+    contextvars.copy_context().run(lambda: [tracer.trace().__enter__(), tracer.record_stage("work")])
+    gc.collect()
+    assert sample._all.bytes == before
