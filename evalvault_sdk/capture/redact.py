@@ -1,7 +1,7 @@
 r"""
 Take secrets and personal data out of keys, texts and numbers.
 
-In:   a key, a text, an integer or an encoded event, in the caller's thread.
+In:   a key, a text, an integer or an encoded event, in the caller's thread or the worker's.
 Out:  the same with `[secret]`, `[email]`, `[phone]` and so on in place of what must not leave the process.
 Pure, but for a bounded memory of keys. Never raises. Takes time linear in the text: a repeat either has a bound, or
 cannot begin again inside what it has just read. What personal data look like is in `capture.personal`.
