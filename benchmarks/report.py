@@ -76,7 +76,13 @@ def show(situation_name: str, results: Mapping[str, Sequence[Figures]]) -> None:
         print(f"| {text_of(situation, measure)} | {' | '.join(cells)} |")
     arrived = [[row["arrived_part"] for row in results[name] if "arrived_part" in row] for name in columns]
     if any(arrived) and situation.form in FRAMEWORKS:
-        print(f"| stages of a call | {' | '.join(_number(max(parts, default=0)) for parts in arrived)} |", flush=True)
+        print(f"| stages of a call | {' | '.join(_number(max(parts, default=0)) for parts in arrived)} |")
+        shares = [
+            spread(row["caller_p50_us"] / row["arrived_part"] for row in results[name] if row.get("arrived_part"))
+            for name in columns
+        ]
+        told = ("" if share is None else _number(share[0]) for share in shares)
+        print(f"| caller, µs per stage, median | {' | '.join(told)} |", flush=True)
     elif any(arrived):
         print(f"| arrived, % | {' | '.join(_percent(parts) for parts in arrived)} |", flush=True)
 

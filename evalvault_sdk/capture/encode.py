@@ -3,7 +3,8 @@ Turn an event into JSON bytes, within its limits and without what must not be se
 
 In:   the fields of an event, in which attributes and metadata may hold whatever a program has at hand.
 Out:  UTF-8 JSON that EvalVault's rules accept.
-Caller's thread. Never raises (but for KeyboardInterrupt and its like), never changes what it is given.
+Caller's thread, but for `finish`: mostly the worker's. Never raises (but for KeyboardInterrupt and its like), never
+changes what it is given.
 
 Two ways: orjson at once, for small values of JSON's own types without anything to redact; else through
 `capture.plain`. Whether a text holds a secret is seen in the encoded bytes, and may be looked for later, by `finish`.
