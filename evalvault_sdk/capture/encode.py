@@ -291,6 +291,9 @@ class Encoder:
         """Return a field that is no attribute: a name, an id, a time, a reference."""
         if isinstance(value, str) and len(value) > _MAX_FIELD:
             value = value[:_MAX_FIELD]
+        # Without a call more, which may be one too many for a program that is deep in a recursion.
+        if type(value) is str and value.isascii() and (name not in _NAMES or value in _STATUSES):
+            return value
         # Ids and times are what they are: changed, they would lead nowhere.
         redactor = self._redactor if name in _NAMES else _NOTHING
         return Walk(_FIELD_LIMITS, redactor).plain(value)
@@ -298,5 +301,7 @@ class Encoder:
 
 #: Fields of an event that a program may put content into, besides attributes and metadata.
 _NAMES = frozenset(("stage_type", "stage_name", "status", "input_ref", "output_ref"))
+#: What is a status, and no content.
+_STATUSES = frozenset(("success", "error", "cancelled", "skipped"))
 _FIELD_LIMITS = Limits(max_attribute_bytes=16 << 10, max_items=100, max_depth=8)
 _NOTHING = Redactor(secrets=False)

@@ -1452,6 +1452,7 @@ def test_a_recursion_that_is_too_deep_is_told_and_leaves_nothing_open(
         assert after.parent_stage_id is None
     assert len(sink.events) > 20
     assert {event["status"] for event in sink.events[:-1]} == {"error"}
+    assert {event["run_id"] for event in sink.events} == {"run"}
 
 
 def test_many_streams_left_to_the_end_of_the_loop_end_quietly(recorder: Recorder, sink: ListSink) -> None:
