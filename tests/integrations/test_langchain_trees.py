@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from langchain_core.callbacks import AsyncCallbackManager
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
@@ -296,16 +298,19 @@ def test_stages_of_the_program_are_below_the_retriever_and_the_model_that_they_r
     def ask(runnable: Any, given: Any) -> Any:
         return runnable.invoke(given, config) if way == "sync" else asyncio.run(runnable.ainvoke(given, config))
 
+    # The oldest versions tell of an async model's beginning in a task of its own, which nothing can be found from.
+    manager = inspect.getsource(AsyncCallbackManager.on_chat_model_start)
+    is_told_apart = way == "async" and "inline" not in manager
     ask(retriever, "q")
     ask(model, "q")
-    assert recorded.outline() == "retrieval\n  vector_search\noutput\n  http_call"
+    assert recorded.outline() == f"retrieval\n  vector_search\noutput\n{'' if is_told_apart else '  '}http_call"
     recorded.clear()
     ask({"context": retriever | joined, "question": RunnablePassthrough()} | PROMPT | model, "q")
     tracer.record_stage("after")
     outline = [
         line for line in recorded.outline().splitlines() if "search" in line or "call" in line or "after" in line
     ]
-    assert outline == ["    vector_search", "    http_call", "after"]
+    assert outline == ["    vector_search", f"{'  ' if is_told_apart else '    '}http_call", "after"]
 
 
 def test_what_a_program_does_between_the_items_of_a_model_is_not_in_the_model(
