@@ -13,6 +13,7 @@ from evalvault_sdk.capture.draft import fields_of, pack, unpack
 from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.redact import Redactor
+from evalvault_sdk.delivery.transport.base import RetryLater
 from evalvault_sdk.ids import new_random_bits
 from tests.support import MemoryTransport, balances
 
@@ -96,6 +97,17 @@ def test_no_secret_reaches_the_disk_though_drafts_hold_them(tmp_path: Path, sett
     assert written.count(b"[secret]") == (3 if "max_queue_events" in settings else 5)
     assert KEY.encode() not in written
     assert balances(tracer.shutdown(10))
+
+
+def test_no_secret_reaches_the_disk_at_the_end_of_a_process_whose_server_is_away(tmp_path: Path) -> None:
+    away = MemoryTransport(*[RetryLater("away")] * 1_000)
+    tracer = StageTracer("r", transport=away, spool_dir=str(tmp_path), flush_interval_s=60)
+    for _ in range(5):
+        with tracer.stage("retrieval") as stage:
+            stage.set(query=f"my key is {KEY}")
+    assert tracer.shutdown(0.3).spooled == 5
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*.jsonl"))
+    assert (written.count(b"[secret]"), KEY.encode() in written, b"\0" in written) == (5, False, False)
 
 
 def test_no_secret_reaches_the_wire_though_drafts_hold_them() -> None:
