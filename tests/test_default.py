@@ -14,6 +14,7 @@ import pytest
 import evalvault_sdk
 from evalvault_sdk import FolderPayloadStore, StageTracer
 from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.observed import ObservedStages
 from evalvault_sdk.default import DefaultTracer
 from evalvault_sdk.testing import CapturingTransport, FakeClock, RecordedStages, record_stages
 from tests.support import run_script
@@ -271,3 +272,13 @@ def test_a_trace_that_is_entered_again_is_sampled_as_one() -> None:
         with tracer.stage("failed") as stage:
             stage.fail("no")
     assert tracer.shutdown().delivered == 2
+
+
+def test_what_a_framework_has_open_is_recorded_before_the_end() -> None:
+    tracer = DefaultTracer()
+    observed = ObservedStages(tracer)
+    tracer._recorder.add_source(observed)
+    with record_stages(tracer) as recorded:
+        observed.begin("query-1", None, "chain")
+        tracer.shutdown(0.1)
+        assert recorded.find("chain").attributes == {"cancelled_by": "shutdown"}

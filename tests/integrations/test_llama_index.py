@@ -758,3 +758,13 @@ def test_tokens_and_finish_reason_are_read_from_each_providers_answer(response: 
 def test_the_settings_of_a_call_win_over_those_of_its_model() -> None:
     event = SimpleNamespace(model_dict={"model": "gpt-4", "temperature": 0.1}, additional_kwargs={"temperature": 0.7})
     assert reading.call_begun(event, None) == {"model": "gpt-4", "temperature": 0.7}
+
+
+def test_what_is_open_when_the_tracer_ends_is_recorded(tracer: StageTracer, recorded: RecordedStages) -> None:
+    with instrument_llama_index(tracer) as instrumented:
+        instrumented._spans.observed.begin("query-1", None, "chain")
+        tracer.shutdown(0.1)
+    assert (recorded.find("chain").status, recorded.find("chain").attributes) == (
+        "cancelled",
+        {"cancelled_by": "shutdown"},
+    )

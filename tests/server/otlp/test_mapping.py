@@ -11,6 +11,7 @@ import pytest
 
 from evalvault_sdk import StageEvent
 from evalvault_sdk.capture.documents import documents
+from evalvault_sdk.otel.span import InvalidSpanError
 from evalvault_sdk.server.otlp import Span, stage_event_of
 from tests.server.otlp.spans import (
     OTHER_SPAN_ID,
@@ -675,3 +676,9 @@ def test_langchain_traced_by_openllmetry_becomes_stages_with_metrics() -> None:
     assert events["vector_db_retrieve Bad"].attributes["error"]["type"] == "TimeoutError"
     # It writes the same text under two names.
     assert not [name for name in found.attributes if name.startswith(("gen_ai.task.input", "gen_ai.task.output"))]
+
+
+@pytest.mark.parametrize("time_unix_nano", [2**64, -1, 1e30])
+def test_a_time_beyond_64_bits_is_refused_at_once(time_unix_nano: Any) -> None:
+    with pytest.raises(InvalidSpanError, match="beyond 64 bits"):
+        Span(trace_id="0" * 31 + "1", span_id="0" * 15 + "1", name="x", start_time_unix_nano=time_unix_nano)
