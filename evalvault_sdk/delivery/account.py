@@ -183,10 +183,15 @@ class Account:
 
     def first(self, count: int) -> list[bytes]:
         """Return the first `count` events that wait, or fewer."""
-        return [self.waiting[number] for number in range(min(count, len(self.waiting)))]
+        return list(itertools.islice(self.waiting, count))
 
-    def replace_first(self, old: list[bytes], new: list[bytes | DropReason]) -> int:
-        """Put `new` in place of `old`, the first that waited a moment ago; say how many of them wait now."""
+    def begins_with(self, events: list[bytes]) -> bool:
+        """Whether `events`, the first that waited a moment ago, still are: nobody has taken any meanwhile."""
+        waiting, count = self.waiting, len(events)
+        return len(waiting) >= count and waiting[0] is events[0] and waiting[count - 1] is events[-1]
+
+    def replace_first(self, old: list[bytes], new: list[bytes | DropReason]) -> None:
+        """Put `new` in place of `old`, the first that waited a moment ago, or drop them."""
         waiting, number = self.waiting, 0
         for before, after in zip(old, new, strict=True):
             if number >= len(waiting) or waiting[number] is not before:
@@ -200,13 +205,19 @@ class Account:
                 waiting[number] = after
                 self.waiting_bytes += len(after) - len(before)
                 number += 1
-        return number
 
     def take(self, count: int) -> Share:
-        """Count events that left `waiting` as in flight."""
+        """Count the next `count` events as in flight."""
         self.taken += count
         self.in_flight += count
         return self._opened(count)
+
+    def remove_first(self, count: int, size: int) -> None:
+        """Take out the first events, of `size` bytes: all in one step, which no interrupt comes into the middle of."""
+        waiting = self.waiting
+        collections.deque(itertools.islice(iter(waiting.popleft, None), min(count, len(waiting))), maxlen=0)
+        # What an interrupt between two lines of `put` may have left over ends with the last event.
+        self.waiting_bytes = self.waiting_bytes - size if waiting else 0
 
     def put_back(self, share: Share, events: tuple[bytes, ...], *, last: bool = False) -> None:
         """Return events in flight to where they were, or to the end."""
@@ -219,16 +230,6 @@ class Account:
         self.taken -= share.count
         self.in_flight -= share.count
         self._returns += 1
-
-    def drop_waiting(self, reason: DropReason) -> int:
-        """Give up what is waiting; return how much it was."""
-        count = len(self.waiting)
-        self.waiting.clear()
-        self.waiting_bytes = 0
-        self.taken += count
-        if count:
-            self.drop(reason, count)
-        return count
 
     def seal(self, count: int) -> Share:
         """Count events that are in a segment which is sealed now."""

@@ -8,7 +8,9 @@ Pure: no clock, thread or socket. The worker decides when, this decides how many
 
 from __future__ import annotations
 
-import collections
+import bisect
+import itertools
+from collections.abc import Sequence
 
 import attrs
 
@@ -72,19 +74,17 @@ class BatchLimits:
     #: Bytes of JSON before compression, brackets and commas included. A larger event goes alone.
     max_bytes: int = 4 << 20
 
-    def take_from(self, events: collections.deque[bytes], taken: list[bytes], size: int, at_most: int) -> int:
+    def fitting(self, events: Sequence[bytes], before: int, size: int) -> tuple[int, int]:
         """
-        Move the first events that fit from `events` to `taken`, whose body would have `size` bytes so far.
+        Return how many of `events` fit into a body of `size` bytes that has `before` events, and its new size.
 
-        At most `at_most` of them in one call; at least one, if `taken` is empty. Returns the body's new size.
+        At least one, if it has none yet.
         """
+        events = events[: self.max_events - before]
         most = self.max_bytes + 1  # the last event has no comma
-        for _ in range(min(at_most, len(events), self.max_events - len(taken))):
-            event = events[0]
-            larger = size + len(event) + 1
-            if larger > most and taken:
-                break
-            taken.append(event)
-            events.popleft()
-            size = larger
-        return size
+        whole = size + sum(map(len, events)) + len(events)
+        if whole <= most:  # as it is almost always
+            return len(events), whole
+        sizes = list(itertools.accumulate((len(event) + 1 for event in events), initial=size))
+        count = max(bisect.bisect_right(sizes, most) - 1, 0 if before else 1)
+        return count, sizes[count]

@@ -106,42 +106,47 @@ class Courier:
 
     # -- taking -------------------------------------------------------------------------------------
 
-    def take(self, queues: Iterable[EventQueue], limits: BatchLimits) -> Hand | None:
-        """Move the oldest events of `queues` from queued to in flight, into a hand; None if there are none."""
+    def take(self, queues: Iterable[EventQueue], limits: BatchLimits, *, last: bool = False) -> Hand | None:
+        """
+        Move the oldest events of `queues` from queued to in flight, into a hand; None if there are none.
+
+        Once all is stopped, only for whoever puts the `last` of them on disk: nobody would look after another's hand.
+        """
         ledger, hand = self._ledger, Hand([])
-        taken: list[bytes] = []
-        shares: list[Share] = []
+        taken: tuple[bytes, ...] = ()
+        shares: tuple[Share, ...] = ()
         size = ENVELOPE_BYTES
         for queue in queues:
             account = queue.account
-            while True:
-                with ledger.lock:
-                    recorded = account.first(_AT_ONCE)
+            while recorded := account.first(_AT_ONCE):
                 finished = queue.finished(recorded)
                 with ledger.lock:
-                    before = len(taken)
-                    ready = account.replace_first(recorded, finished)
-                    size = limits.take_from(account.waiting, taken, size, ready)
-                    new = taken[before:]
-                    if not new and ready == len(recorded):
-                        break
-                    if not new:  # all of them are lost, or somebody else has taken them
+                    if self.stopped and not last:
+                        return None
+                    if not account.begins_with(recorded):
                         continue
-                    if not before:
+                    events = [event for event in finished if not isinstance(event, str)]
+                    if len(events) < len(recorded):  # some are lost
+                        account.replace_first(recorded, finished)
+                        continue
+                    count, size = limits.fitting(events, len(taken), size)
+                    if not count:
+                        break
+                    if not taken:
                         self._hands.append(hand)
                     elif not self._holds(hand):  # snatched while we were still taking
-                        account.waiting.extendleft(reversed(new))
                         return None
-                    shares.append(account.take(len(new)))
-                    hand.parts = [Batch(tuple(taken), tuple(shares))]
+                    # In the hand before they leave the queue: an interrupt may leave them in both, but not in neither.
+                    new = events[:count]
+                    taken, shares = (*taken, *new), (*shares, account.take(count))
+                    hand.parts = [Batch(taken, shares)]
+                    account.remove_first(count, sum(map(len, recorded[:count])))
                     new_bytes = sum(map(len, new))
-                    # What an interrupt between two lines of `put` may have left over ends with the last event.
-                    account.waiting_bytes = account.waiting_bytes - new_bytes if account.waiting else 0
-                    account.lent += len(new)
+                    account.lent += count
                     account.lent_bytes += new_bytes
-                    hand.lent.append((account, len(new), new_bytes))
+                    hand.lent.append((account, count, new_bytes))
                     ledger.settled.notify_all()
-                if len(new) < _AT_ONCE and ready == len(recorded):
+                if count < len(recorded) or count < _AT_ONCE:
                     break
         return hand if taken else None
 

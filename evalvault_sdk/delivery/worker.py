@@ -344,7 +344,7 @@ class Worker:
         # Without a disk, what others have in hand is better left there.
         for hand in courier.snatch() if last or self._spool is not None else []:
             courier.keep(hand, alone=True, last=last)
-        while (hand := courier.take(queues, _DISK_LIMITS)) is not None:  # type: ignore[assignment]
+        while (hand := courier.take(queues, _DISK_LIMITS, last=last)) is not None:  # type: ignore[assignment]
             if not courier.keep(hand, alone=True, last=last or all(queue.closed for queue in queues)) and not last:
                 break
         with self.ledger.lock:

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -140,6 +141,50 @@ def test_a_signal_while_the_rest_is_put_on_disk_does_not_cost_the_rest(tmp_path:
     process.send_signal(kind)
     process.communicate(timeout=90)
     assert set(on_disk(tmp_path)) == set(range(20_000))
+
+
+def test_an_interrupt_at_any_line_of_taking_costs_no_event(tmp_path: Path) -> None:
+    lines, number = 0, 0
+    while number == lines:  # until taking is done before the interrupt comes
+        number += 1
+        root = tmp_path / str(number)
+        outbox = make(root, Hangs(), flush_interval_s=60, batch_events=10**6)
+        put(outbox, 600)
+        lines = 0
+
+        def interrupt(frame: FrameType, event: str, _: object, at: int = number) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename.endswith(("courier.py", "account.py", "batch.py")):
+                if event == "line":
+                    lines += 1
+                    if lines == at:
+                        raise KeyboardInterrupt
+                return interrupt
+            return None
+
+        worker = outbox.worker
+        tracing = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            worker._courier.take([outbox.queue], worker._courier.limits)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(tracing)
+        outbox.shutdown(0)
+        assert set(on_disk(root)) == set(range(600)), f"interrupted at line {number}"
+    assert number > 50
+
+
+def test_once_all_is_stopped_only_who_puts_the_rest_on_disk_takes_events(tmp_path: Path) -> None:
+    outbox = make(tmp_path, Hangs(), flush_interval_s=60, batch_events=10**6)
+    put(outbox, 10)
+    courier = outbox.worker._courier
+    courier.stopped = True
+    assert courier.take([outbox.queue], courier.limits) is None
+    assert outbox.stats().queued == 10
+    outbox.shutdown(0)
+    assert set(on_disk(tmp_path)) == set(range(10))
 
 
 def test_the_end_of_the_process_does_not_wait_for_a_long_shutdown_elsewhere(tmp_path: Path) -> None:

@@ -48,11 +48,13 @@ def test_halves_keep_order_and_lose_nothing(count: int, halves: tuple[int, int])
 
 
 def taken(limits: BatchLimits, events: list[bytes]) -> int:
-    waiting, batch = collections.deque(events), list[bytes]()
-    size = limits.take_from(waiting, batch, ENVELOPE_BYTES, 1000)
-    assert [*batch, *waiting] == events
-    assert not batch or size - 1 == len(Batch(tuple(batch)).body())
-    return len(batch)
+    count, size = limits.fitting(events, 0, ENVELOPE_BYTES)
+    assert not count or size - 1 == len(Batch(tuple(events[:count])).body())
+    first = count // 2
+    if first:
+        halfway = len(Batch(tuple(events[:first])).body()) + 1
+        assert limits.fitting(events[first:], first, halfway) == (count - first, size), "in two steps as in one"
+    return count
 
 
 def test_a_batch_is_cut_by_whichever_ceiling_is_met_first() -> None:
