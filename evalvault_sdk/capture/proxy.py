@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import weakref
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
 #: Special methods that a proxy does not forward: those of itself, and those that are about making objects.
-_OWN = re.compile(
-    "__(call|class|class_getitem|copy|deepcopy|del|delattr|dict|doc|get|getattr|getattribute|getnewargs|getnewargs_ex|getstate|init|"
-    "init_subclass|module|new|reduce|reduce_ex|set_name|setattr|setstate|sizeof|slots|subclasshook|weakref)__"
+_OWN = frozenset(
+    f"__{name}__"
+    for name in (
+        *("call", "class", "class_getitem", "copy", "deepcopy", "del", "delattr", "dict", "doc"),
+        *("get", "getattr", "getattribute", "getnewargs", "getnewargs_ex", "getstate"),
+        *("init", "init_subclass", "module", "new", "reduce", "reduce_ex", "set_name", "setattr", "setstate"),
+        *("sizeof", "slots", "subclasshook", "weakref"),
+    )
 )
-
 
 _OF_PROXY = frozenset(
     ("_evalvault_target", "_evalvault_call", "_evalvault_again", "__call__", "__get__", "__reduce_ex__", "__copy__")
@@ -100,7 +103,7 @@ def _class_for(kind: Any) -> Any:
     """Return a class whose instances forward the special methods of `kind`: Python looks for these in the class."""
     special: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
-        if name.startswith("__") and name.endswith("__") and not _OWN.fullmatch(name):
+        if name.startswith("__") and name.endswith("__") and name not in _OWN:
             method = getattr(kind, name, None)
             if callable(method) and getattr(object, name, None) is not method:
                 special[name] = _forwarded(name)
