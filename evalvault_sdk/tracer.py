@@ -25,8 +25,8 @@ from evalvault_sdk.capture.sample import Sampling
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.config import SettingArguments, Settings
 from evalvault_sdk.delivery.account import FlushReport, Stats
-from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.lifecycle import handle_sigterm
+from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in every type checker; not needed to run

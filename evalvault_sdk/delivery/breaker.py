@@ -16,8 +16,8 @@ import random
 import time
 from collections.abc import Callable
 
-from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.transport.base import RetryLater
+from evalvault_sdk.late import load
 
 #: Failures in a row, or seconds of nothing but failure, that make an outage.
 _FAILURES = 3

@@ -21,7 +21,6 @@ import attrs
 import orjson
 
 from evalvault_sdk.delivery.batch import Batch
-from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.transport.base import (
     Delivered,
     Outcome,
@@ -30,6 +29,7 @@ from evalvault_sdk.delivery.transport.base import (
     RetryLater,
     TooLarge,
 )
+from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
     import requests

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import orjson
 
 from evalvault_sdk.delivery.batch import Batch
-from evalvault_sdk.delivery.late import load
 from evalvault_sdk.delivery.transport.base import Delivered, Outcome, RejectedEvent, RetryLater
 from evalvault_sdk.errors import StoreError
+from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
     from evalvault_sdk.server.store import Store

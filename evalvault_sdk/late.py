@@ -1,7 +1,7 @@
 """
 Import late what makes a program's start slow, and yet never while the program forks.
 
-In:   names of modules, in the worker's thread, before they are first used.
+In:   names of modules, in the thread that is about to use them first.
 Out:  the modules, loaded.
 
 Python keeps a lock for every module that is being imported. Forked in the middle of that, a child has the
