@@ -21,16 +21,16 @@ from evalvault_sdk.capture.draft import Numbers
 from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stages import Stages
-from evalvault_sdk.config import SettingArguments
-from evalvault_sdk.delivery.account import FlushReport, Stats
 from evalvault_sdk.errors import ConfigurationError
+from evalvault_sdk.late import load
 from evalvault_sdk.log import warn
 from evalvault_sdk.tracer import StageTracer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_NOTHING = FlushReport(recorded=0, delivered=0, spooled=0, queued=0, in_flight=0, rejected=0, dropped={}, in_time=True)
+    from evalvault_sdk.config import SettingArguments
+    from evalvault_sdk.delivery.account import FlushReport, Stats
 
 
 class _DefaultRecorder(Recorder):
@@ -58,6 +58,8 @@ class _DefaultRecorder(Recorder):
     def record(self, fields: dict[str, Any], trace: Trace | None = None, numbers: Numbers | None = None) -> bool:
         """Record an event with the configured tracer."""
         self.make_ready()
+        if not self.enabled:
+            return False
         if not fields.get("run_id"):
             fields["run_id"] = self.run_id  # the stage began before it was known
         return super().record(fields, trace, numbers)
@@ -115,21 +117,33 @@ class DefaultTracer(Stages):
     def flush(self, timeout: float = 10.0) -> FlushReport:
         """Deliver what was recorded before this call; wait at most `timeout` seconds. See `StageTracer.flush`."""
         tracer = self._recorder.tracer
-        return _NOTHING if tracer is None else tracer.flush(timeout)
+        return _nothing() if tracer is None else tracer.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> FlushReport:
         """Deliver what was recorded and end. See `StageTracer.shutdown`."""
         self._recorder.end_sources()
         tracer = self._recorder.tracer
-        return _NOTHING if tracer is None else tracer.shutdown(timeout)
+        return _nothing() if tracer is None else tracer.shutdown(timeout)
 
     def stats(self) -> Stats:
         """Return what became of all events recorded so far. See `StageTracer.stats`."""
         tracer = self._recorder.tracer
-        return _NOTHING if tracer is None else tracer.stats()
+        return _nothing() if tracer is None else tracer.stats()
+
+
+def _nothing() -> FlushReport:
+    """Return the account of a program that has configured nothing."""
+    load("evalvault_sdk.delivery.account")
+    from evalvault_sdk.delivery.account import FlushReport
+
+    return FlushReport(recorded=0, delivered=0, spooled=0, queued=0, in_flight=0, rejected=0, dropped={}, in_time=True)
 
 
 default = DefaultTracer()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=default._recorder.after_fork_in_child)
+
+if os.environ.get("EVALVAULT_RUN_ID"):
+    # The tracer will be made by the first stage, unless `configure` is called: no request is to wait for an import.
+    load("evalvault_sdk.assembly")

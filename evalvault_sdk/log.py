@@ -10,20 +10,31 @@ Lines name what happened and what to do, never what an event holds.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-logger = logging.getLogger("evalvault_sdk")
+from evalvault_sdk.late import load
+
+if TYPE_CHECKING:
+    import logging
 
 #: What may happen with every event is said at most once in so many seconds.
 RARELY_S = 60.0
 
 
+def logger() -> logging.Logger:
+    """Return the logger of this package."""
+    load("logging")  # not for every program that imports us; nothing to do, where there is a tracer
+    import logging
+
+    return logging.getLogger("evalvault_sdk")
+
+
 def warn(message: str, *values: object) -> None:
     """Log a warning. Whatever a filter or handler of the host raises stays here."""
     with contextlib.suppress(Exception):
-        logger.warning("evalvault: " + message, *values)  # noqa: G003 - our prefix, not a value
+        logger().warning("evalvault: " + message, *values)
 
 
 class Rarely:

@@ -15,23 +15,14 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from evalvault_sdk.capture.console import Console
-from evalvault_sdk.capture.encode import Encoder
-from evalvault_sdk.capture.nostage import NOWHERE
-from evalvault_sdk.capture.plain import Limits
-from evalvault_sdk.capture.recorder import Recorder, Sink
-from evalvault_sdk.capture.redact import Redactor
-from evalvault_sdk.capture.sample import Sampling
 from evalvault_sdk.capture.stages import Stages
-from evalvault_sdk.config import SettingArguments, Settings
-from evalvault_sdk.delivery.account import FlushReport, Stats
-from evalvault_sdk.delivery.lifecycle import handle_sigterm
 from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in every type checker; not needed to run
 
-    from evalvault_sdk.delivery.outbox import Outbox
+    from evalvault_sdk.config import SettingArguments, Settings
+    from evalvault_sdk.delivery.account import FlushReport, Stats
     from evalvault_sdk.delivery.transport.base import Transport
 
 
@@ -58,14 +49,14 @@ class StageTracer(Stages):
         transport: Transport | None = None,
         **settings: Unpack[SettingArguments],
     ) -> None:
-        self.settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
-        load("evalvault_sdk.delivery.outbox")  # half of the package: not for every program that imports us
-        from evalvault_sdk.delivery.outbox import open_outbox
+        load("evalvault_sdk.assembly")  # most of the package: not for every program that imports us
+        from evalvault_sdk.assembly import assembled
+        from evalvault_sdk.config import Settings
+        from evalvault_sdk.delivery.lifecycle import handle_sigterm
 
-        encoder = _encoder(self.settings)
-        self._outbox: Outbox = open_outbox(self.settings, transport, finish=encoder.finish)
-        sink = self._outbox.queue if self.settings.enabled else NOWHERE.setup.sink
-        super().__init__(_recorder(self.settings, sink, encoder))
+        self.settings: Settings = Settings.resolve(run_id=run_id, api_url=api_url, **settings)
+        recorder, self._outbox = assembled(self.settings, transport)
+        super().__init__(recorder)
         # When nobody can record any more (tracer, open stages and decorated functions all refer to the
         # recorder), the thread delivers what it has, and ends with the last tracer.
         self._finalizer = weakref.finalize(self._recorder, self._outbox.close)
@@ -117,36 +108,3 @@ class StageTracer(Stages):
 
     def __repr__(self) -> str:
         return f"StageTracer(run_id={self.run_id!r}, destination={self.destination!r})"
-
-
-def _encoder(settings: Settings) -> Encoder:
-    return Encoder(
-        Limits(
-            max_attribute_bytes=settings.max_attribute_bytes,
-            max_event_bytes=settings.max_event_bytes,
-            max_depth=settings.max_depth,
-            max_items=settings.max_items,
-        ),
-        Redactor(secrets=settings.scrub_secrets, personal=settings.personal_data),
-        content=settings.content,
-        mask=settings.mask,
-    )
-
-
-def _recorder(settings: Settings, sink: Sink, encoder: Encoder) -> Recorder:
-    sampling = Sampling(
-        rate=settings.sample_rate,
-        keep_errors=settings.sample_keep_errors,
-        keep_slow_ms=settings.sample_keep_slow_ms,
-    )
-    console = settings.console and settings.enabled
-    return Recorder(
-        settings.run_id,
-        Console(sink) if console else sink,
-        encoder=encoder,
-        takes_drafts=not console and settings.durability != "journal",  # where each is wanted as bytes at once
-        sampling=sampling if sampling.rate < 1 else None,
-        payload_store=settings.payload_store,
-        traceback_frames=settings.traceback_frames,
-        enabled=settings.enabled,
-    )

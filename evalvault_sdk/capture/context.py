@@ -17,11 +17,11 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import UUID
 
-from evalvault_sdk.capture.sample import Held
 from evalvault_sdk.ids import trace_id_of
 
 if TYPE_CHECKING:
     from evalvault_sdk.capture.recorder import Recorder
+    from evalvault_sdk.capture.sample import Held
 
 
 # Reentrant: a finalizer may record while its thread makes such a place.
@@ -58,6 +58,8 @@ class Trace:
 
     def hold(self) -> Held:
         """Return a place for such events."""
+        from evalvault_sdk.capture.sample import Held  # loaded: who samples asks for it
+
         with _holding:
             if self.held is None or self.held.pid != os.getpid():
                 self.held = Held()

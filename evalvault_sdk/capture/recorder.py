@@ -9,16 +9,19 @@ Caller's thread. Never raises: whatever goes wrong here is ours, and the host pr
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import attrs
 
 from evalvault_sdk.capture.context import Trace
 from evalvault_sdk.capture.draft import Numbers, fields_of
-from evalvault_sdk.capture.encode import Encoder
-from evalvault_sdk.capture.sample import Sampling, release
+from evalvault_sdk.late import load
 from evalvault_sdk.log import Rarely
-from evalvault_sdk.payload import PayloadStore
+
+if TYPE_CHECKING:
+    from evalvault_sdk.capture.encode import Encoder
+    from evalvault_sdk.capture.sample import Sampling
+    from evalvault_sdk.payload import PayloadStore
 
 #: Why an event was recorded and yet could not be put.
 RefusalReason = Literal["invalid", "internal_error", "too_large"]
@@ -68,6 +71,21 @@ class Setup:
     enabled: bool = True
 
 
+class _LateEncoder:
+    """An encoder with all defaults. It is made with its first use: programs that have a tracer never need it."""
+
+    def __init__(self) -> None:
+        self._made: Encoder | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._made is None:
+            load("evalvault_sdk.capture.encode")
+            from evalvault_sdk.capture.encode import Encoder
+
+            self._made = Encoder()  # without a lock: where two threads make one each, either does
+        return getattr(self._made, name)
+
+
 class Recorder:
     """One run's way from fields to the sink. As long as it is referred to, its worker goes on."""
 
@@ -93,7 +111,7 @@ class Recorder:
             Setup(
                 run_id=run_id,
                 sink=sink,
-                encoder=encoder or Encoder(),
+                encoder=encoder or cast("Encoder", _LateEncoder()),
                 takes_drafts=takes_drafts,
                 sampling=sampling,
                 payload_store=payload_store,
@@ -224,6 +242,8 @@ class Recorder:
             self._release(trace)
 
     def _release(self, trace: Trace) -> None:
+        from evalvault_sdk.capture.sample import release  # loaded, or nothing would be held
+
         try:
             release(trace)
         except Exception as error:  # noqa: BLE001 - see the module's promise

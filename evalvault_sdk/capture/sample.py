@@ -15,6 +15,7 @@ such an estimate. Its events are held meanwhile, in bounds; they go with the tra
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import deque
@@ -181,6 +182,4 @@ def _randomness(trace_id: object) -> int:
             return int(text[-_RANDOM_DIGITS:], 16)
         except ValueError:
             pass
-    import hashlib  # loads a large library: not for every program that imports us
-
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=7).digest(), "big")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evalvault_sdk.capture import clock, context
 from evalvault_sdk.capture.call import CallCapture
@@ -19,8 +19,11 @@ from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import cancellation, describe_error
-from evalvault_sdk.events import StagePayloadRef
 from evalvault_sdk.ids import digits_of, new_random_bits, span_id_of, stage_id_of
+from evalvault_sdk.late import load
+
+if TYPE_CHECKING:
+    from evalvault_sdk.events import StagePayloadRef
 
 T = TypeVar("T")
 
@@ -364,6 +367,9 @@ def as_object(value: Any) -> dict[str, Any]:
 
 def as_reference(value: StagePayloadRef | Mapping[str, str]) -> Any:
     """Return a payload reference as its JSON object; what is none is left for the server to refuse by name."""
+    load("evalvault_sdk.events")  # nothing to do, where there is a tracer
+    from evalvault_sdk.events import StagePayloadRef
+
     return value.to_dict() if isinstance(value, StagePayloadRef) else value
 
 

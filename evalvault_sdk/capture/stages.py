@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
@@ -25,8 +24,13 @@ from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext, as_object, as_reference
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.errors import InvalidStageEventError
-from evalvault_sdk.events import StageEvent, StagePayloadRef, parse_time
 from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
+from evalvault_sdk.late import load
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from evalvault_sdk.events import StageEvent, StagePayloadRef
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -277,6 +281,9 @@ class Stages:
         ids: list[str | None] = []
         self._recorder.make_ready()
         try:
+            load("evalvault_sdk.events")  # nothing to do, where there is a tracer
+            from evalvault_sdk.events import StageEvent
+
             if isinstance(events, (StageEvent, Mapping)):
                 events = [events]  # one event, meant as a batch of one
             for event in events:
@@ -286,6 +293,8 @@ class Stages:
         return ids
 
     def _record_ready_made(self, event: StageEvent | Mapping[str, Any]) -> str | None:
+        from evalvault_sdk.events import StageEvent
+
         try:
             if not isinstance(event, StageEvent):
                 run_id = event.get("run_id")
@@ -301,6 +310,9 @@ class Stages:
 def _instant(given: datetime | str | None) -> Any:
     """Return a time given as text with its offset: EvalVault cannot compare times of which one has none."""
     if isinstance(given, str):
+        load("evalvault_sdk.events")
+        from evalvault_sdk.events import parse_time
+
         with contextlib.suppress(InvalidStageEventError):  # left as it is, for the server to refuse by name
             return parse_time("time", given)
     return given

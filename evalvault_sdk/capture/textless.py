@@ -8,6 +8,7 @@ Pure. Keys are taken for names of fields; what does not look like one is a text 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
@@ -35,8 +36,6 @@ def text_or_left(text: str, key: str) -> str | Left:
     if _IDS.fullmatch(key):
         if _ONE_WORD.fullmatch(text):
             return text
-        import hashlib  # loads a large library: not for every program that imports us
-
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
     if _NAMES.fullmatch(key) and _ONE_WORD.fullmatch(text):
         return text

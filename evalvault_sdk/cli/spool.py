@@ -259,7 +259,7 @@ def replay(
     `force`: also where the file system has no locks, and nobody can say whether a process still writes.
     """
     _check_ours(destination)
-    log.logger.addHandler(logging.NullHandler())  # what there is to say, the command says itself
+    log.logger().addHandler(logging.NullHandler())  # what there is to say, the command says itself
     ledger = Ledger()
     spool = _open_spool(destination, settings, ledger, force=force)
     transport = _Watched(settings)

@@ -10,6 +10,7 @@ What is kept there are users' questions: a folder of somebody else's is refused,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -46,8 +47,6 @@ def folder_of(root: str | Path, destination: str) -> Path:
 
     And the user: those of one user never stand in the way of another's in a root that they share.
     """
-    import hashlib  # loads a large library: not for every program that imports us
-
     parts = urlsplit(destination)
     if parts.scheme in ("http", "https") and parts.hostname:
         port = parts.port or (443 if parts.scheme == "https" else 80)

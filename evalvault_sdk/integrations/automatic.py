@@ -108,7 +108,7 @@ def instrument(*frameworks: str, tracer: Stages | None = None) -> Instrumentatio
     done = Instrumentation(
         instrumented=tuple(instrumented), missing=tuple(missing), failed=failed, undo=tuple(reversed(undo))
     )
-    logger.info("evalvault: instrument() has %s", done)
+    logger().info("evalvault: instrument() has %s", done)
     return done
 
 
