@@ -8,20 +8,16 @@ In whatever thread calls it, as often and as many at once as it likes.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import inspect
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from evalvault_sdk.capture.context import here
 from evalvault_sdk.capture.decorate import called
 from evalvault_sdk.capture.stream import UNFINISHED, Body, carried_on
 
 F = TypeVar("F", bound=Callable[..., Any])
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def bind(function: F) -> F:
@@ -51,12 +47,3 @@ def bind(function: F) -> F:
 
         return cast(F, awaited)
     return cast(F, bound)
-
-
-class ContextThreadPoolExecutor(ThreadPoolExecutor):
-    """A `ThreadPoolExecutor` whose functions run in the context they were submitted in: `submit` as well as `map`."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Schedule a call in a copy of the current context (`contextvars`)."""
-        call: Callable[..., T] = contextvars.copy_context().run
-        return super().submit(call, fn, *args, **kwargs)
