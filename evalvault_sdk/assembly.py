@@ -39,24 +39,27 @@ def _encoder(settings: Settings) -> Encoder:
             max_items=settings.max_items,
         ),
         Redactor(secrets=settings.scrub_secrets, personal=settings.personal_data),
+        run_id=settings.run_id,
         content=settings.content,
         mask=settings.mask,
     )
 
 
 def _recorder(settings: Settings, outbox: Outbox, encoder: Encoder) -> Recorder:
-    sink = outbox.queue if settings.enabled else NOWHERE.setup.sink
+    queue = outbox.queue if settings.enabled else None
+    sink = NOWHERE.setup.sink if queue is None else queue
     sampling = Sampling(
         rate=settings.sample_rate,
         keep_errors=settings.sample_keep_errors,
         keep_slow_ms=settings.sample_keep_slow_ms,
     )
-    console = settings.console and settings.enabled
+    console = settings.console and queue is not None
+    wants_bytes = console or sampling.rate < 1 or settings.durability == "journal"
     return Recorder(
         settings.run_id,
         Console(sink) if console else sink,
         encoder=encoder,
-        takes_drafts=not console and settings.durability != "journal",  # where each is wanted as bytes at once
+        put_draft=None if queue is None or wants_bytes else queue.put,
         sampling=sampling if sampling.rate < 1 else None,
         payload_store=settings.payload_store,
         traceback_frames=settings.traceback_frames,

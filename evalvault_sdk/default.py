@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from evalvault_sdk.capture.context import Trace
-from evalvault_sdk.capture.draft import Numbers
 from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stages import Stages
@@ -55,14 +54,14 @@ class _DefaultRecorder(Recorder):
             self.tracer = tracer
             self.follow(tracer._recorder._own)
 
-    def record(self, fields: dict[str, Any], trace: Trace | None = None, numbers: Numbers | None = None) -> bool:
+    def record(self, fields: dict[str, Any], trace: Trace | None = None) -> bool:
         """Record an event with the configured tracer."""
         self.make_ready()
         if not self.enabled:
             return False
         if not fields.get("run_id"):
             fields["run_id"] = self.run_id  # the stage began before it was known
-        return super().record(fields, trace, numbers)
+        return super().record(fields, trace)
 
     def draws(self, trace_id: str | None) -> bool:
         """Whether a trace is recorded from its beginning to its end."""

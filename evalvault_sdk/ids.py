@@ -1,9 +1,9 @@
 """
 Make the identities of stages, traces and spans.
 
-One draw of randomness gives all three. A stage's id is a UUIDv7 (RFC 9562, 5.7) whose 12 bits after the
-version hold the fraction of the millisecond (6.2, method 3), so ids made by one process sort by time and
-the server's index stays local. The span id is its last 64 bits, the trace id of a root stage all of its
+One draw of randomness gives all three. A stage's id is a UUIDv7 (RFC 9562, 5.7) whose three digits after the
+version are the microseconds of the millisecond, in decimal, so ids made by one process sort by time and the
+server's index stays local. The span id is its last 64 bits, the trace id of a root stage all of its
 128: both valid in W3C Trace Context, and the right-most 56 bits of a trace id are random, as its level 2
 asks of ids that are sampled by.
 """
@@ -22,21 +22,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_random.seed)
 
 
+#: A time (Unix, ns) and random bits: what an id is made of.
+Id = tuple[int, int]
+#: There is no id, or it is a text of its own.
+NO_ID: Id = (0, 0)
+
 #: Return the 62 random bits of the id of a new stage.
 new_random_bits = functools.partial(_random_bits, 62)
 
 
 #: The two bits before them, in RFC 9562.
-_VARIANT = 1 << 63
+VARIANT = 1 << 63
 
 
 def digits_of(time_ns: int, random_bits: int) -> str:
     """Return the 32 hex digits of the UUIDv7 of a stage that started at `time_ns` (Unix time)."""
-    millisecond = time_ns // 1_000_000
-    fraction = (time_ns - millisecond * 1_000_000) * 4096 // 1_000_000
+    millisecond, rest_ns = divmod(time_ns, 1_000_000)
     # A clock may be set to any time, and nobody is to feel it: it is taken modulo the 48 bits that there are.
-    number = (millisecond & 0xFFFF_FFFF_FFFF) << 80 | (0x7000 | fraction) << 64 | _VARIANT | random_bits
-    return number.to_bytes(16, "big").hex()
+    return f"{millisecond & 0xFFFF_FFFF_FFFF:012x}7{rest_ns // 1000:03d}{VARIANT | random_bits:016x}"
 
 
 def stage_id_of(digits: str) -> str:

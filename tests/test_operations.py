@@ -57,8 +57,8 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
             level, place = "warning", 0
         elif name.endswith("_log.warn"):
             level, place = "warning", 1  # the first argument is a key
-        elif name.startswith("logger."):
-            level, place = name.removeprefix("logger."), 0
+        elif name.startswith(("logger.", "logger().")):
+            level, place = name.rpartition(".")[2], 0
             if level == "log":
                 place = 1
             elif level == "error" and any(keyword.arg == "exc_info" for keyword in node.keywords):

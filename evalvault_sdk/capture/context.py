@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import UUID
 
-from evalvault_sdk.ids import trace_id_of
+from evalvault_sdk.ids import NO_ID, Id, digits_of, stage_id_of, trace_id_of
 
 if TYPE_CHECKING:
     from evalvault_sdk.capture.recorder import Recorder
@@ -40,10 +40,13 @@ if hasattr(os, "register_at_fork"):
 class Trace:
     """What the stages of one request have in common. Made by the scope that opens it, and ended with that."""
 
-    __slots__ = ("ended", "failed", "held", "longest_ms", "metadata", "trace_id", "tracestate")
+    __slots__ = ("ended", "failed", "given_id", "held", "longest_ms", "metadata", "opened", "tracestate")
 
-    def __init__(self, trace_id: str, metadata: dict[str, Any] | None = None) -> None:
-        self.trace_id = trace_id
+    def __init__(self, trace_id: str | None = None, metadata: dict[str, Any] | None = None, opened: Id = NO_ID) -> None:
+        #: The id as text: a given one, or that of the stage which opened the trace, if somebody asked for it.
+        self.given_id = trace_id
+        #: What the id of that stage is made of.
+        self.opened = opened
         #: Metadata of each of its stages.
         self.metadata = metadata
         #: What other systems have to say of it (W3C Trace Context), to be handed on.
@@ -55,6 +58,17 @@ class Trace:
         self.longest_ms = 0.0
         #: The events of a trace that was not drawn.
         self.held: Held | None = None
+
+    @property
+    def trace_id(self) -> str:
+        """The id that all of its stages share: 32 hexadecimal digits, unless another was given."""
+        if self.given_id is None:
+            self.given_id = digits_of(*self.opened)
+        return self.given_id
+
+    @trace_id.setter
+    def trace_id(self, trace_id: str) -> None:
+        self.given_id, self.opened = trace_id, NO_ID
 
     def hold(self) -> Held:
         """Return a place for such events."""
@@ -69,8 +83,11 @@ class Trace:
 class Scope:
     """A place in the program that stages are recorded in: an open stage, or an open trace."""
 
-    __slots__ = ("_before", "_open", "_outer", "_recorder", "_span_id", "_stage_id", "_trace")
+    __slots__ = ("_before", "_made_of", "_open", "_outer", "_recorder", "_span_id", "_stage_id", "_trace")
 
+    #: What the id of the stage is made of, unless it is a text, or there is none.
+    _made_of: Id
+    #: The ids as texts: given ones, or those that somebody asked for.
     _stage_id: str | None
     _span_id: str | None
     _recorder: Recorder
@@ -86,11 +103,16 @@ class Scope:
     @property
     def stage_id(self) -> str | None:
         """The parent of stages in this scope, if there is any: a UUIDv7 of 36 characters."""
+        # Of most stages nobody asks for it: then it is made from the numbers where the event leaves the memory.
+        if self._stage_id is None and self._made_of is not NO_ID:
+            self._stage_id = stage_id_of(digits_of(*self._made_of))
         return self._stage_id
 
     @property
     def span_id(self) -> str | None:
         """The span that this scope is in W3C Trace Context: 16 hexadecimal digits."""
+        if self._span_id is None and self._made_of is not NO_ID:
+            self._span_id = digits_of(*self._made_of)[16:]
         return self._span_id
 
     def is_around(self, scope: Scope | None) -> bool:

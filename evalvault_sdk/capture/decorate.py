@@ -66,7 +66,9 @@ def _class_of_callables(template: StageContext, cls: type) -> type:
 def _measured(template: StageContext, name: str, qualname: str, function: Callable[..., Any]) -> Any:
     innermost = called(function)
     flags: int = getattr(getattr(innermost, "__code__", None), "co_flags", 0)
-    begin = functools.partial(template._again, qualname, name)
+    given = template._given
+    given = given._replace(stage_name=given.stage_name or qualname)
+    begin = functools.partial(template._entry, template._given_type or name, given)
     if flags & _STREAM:
         call = _measured_stream(begin, template, function, flags)
     elif flags & inspect.CO_COROUTINE:

@@ -1,53 +1,40 @@
 """
-Hold an event whose content is encoded, and whose own ids and times are still numbers.
+Hold an event whose content is encoded, and whose ids and times are still numbers.
 
-In:   when a stage began, how long it took, what is random in its ids; and its content, as JSON.
-Out:  a draft, which is bytes as well; from a draft, the numbers and the content again; from the numbers, JSON fields.
-Packed in the caller's thread, which is not to pay for the formatting; unpacked wherever the draft is to leave the
-memory, mostly the worker's.
+In:   when a stage began, how long it took, what is random in its ids and in those of its parent and its trace; and its
+      content, as JSON.
+Out:  a draft; the JSON fields that its numbers are (of many at once: `capture.finish`).
+Made in the caller's thread, which is not to pay for the formatting; that is done wherever drafts are to leave the
+memory, mostly in the worker's.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import struct
 from typing import Any
 
-from evalvault_sdk.ids import digits_of, stage_id_of
+from evalvault_sdk.ids import Id, digits_of, stage_id_of
 
-#: Started (Unix time, ns), took (ns), the random bits of the stage's id, the span's id (0: the one that goes with it).
-Numbers = tuple[int, int, int, int]
-
-# The first byte, a zero, tells a draft from JSON.
-_NUMBERS = struct.Struct(">xqqQQ")
-_SIZE = _NUMBERS.size
-_pack, _unpack = _NUMBERS.pack, _NUMBERS.unpack_from
+#: What the stage's id is made of, how long it took (ns), its span's id (0: the one that goes with it), what the ids of
+#: its parent and of its trace are made of (`NO_ID` where there is none, or it is among the content), and the content,
+#: without the brace that it begins with. No class: one is made for every stage.
+Draft = tuple[Id, int, int, Id, Id, bytes]
 
 #: The last second that was asked for, in Unix microseconds and as text.
 _second: tuple[int, str] = (1 << 62, "")
 
 
-def pack(numbers: Numbers, content: bytes) -> bytes:
-    """Return a draft. Raises `struct.error` for a clock that is set to the year 2262 or later."""
-    return _pack(*numbers) + content
-
-
-def unpack(draft: bytes) -> tuple[Numbers, bytes]:
-    """Return what was packed."""
-    return _unpack(draft), draft[_SIZE:]
-
-
-def fields_of(numbers: Numbers) -> dict[str, Any]:
+def fields_of(made_of: Id, elapsed_ns: int, span: int = 0) -> dict[str, Any]:
     """Return the fields of an event that tell which stage it is, and when it was."""
-    started_ns, elapsed_ns, random_bits, span = numbers
-    digits = digits_of(started_ns, random_bits)
+    started_ns, _ = made_of
+    digits = digits_of(*made_of)
     return {
         "stage_id": stage_id_of(digits),
+        "span_id": f"{span:016x}" if span else digits[16:],
         "started_at": iso_time(started_ns),
         # From the monotonic clock: a step of the wall clock cannot make a stage end before it began.
         "finished_at": iso_time(started_ns + elapsed_ns),
         "duration_ms": elapsed_ns / 1_000_000,
-        "span_id": f"{span:016x}" if span else digits[16:],
     }
 
 

@@ -14,14 +14,14 @@ a dict: another thread that adds a key meanwhile would crash the interpreter.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
 import orjson
 
-from evalvault_sdk.capture import draft
+from evalvault_sdk.capture.draft import Draft
+from evalvault_sdk.capture.finish import events_of
 from evalvault_sdk.capture.plain import Content, Limits, Walk
 from evalvault_sdk.capture.redact import Redactor
 from evalvault_sdk.oversize import shrink
@@ -31,6 +31,8 @@ Mask = Callable[[dict[str, Any]], dict[str, Any]]
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 _SCALARS = frozenset((int, float, bool, type(None)))
+#: Fields of an event of which nothing is known but its type, status and attributes.
+_PLAIN_FIELDS = 3
 _CONTAINERS = frozenset((list, tuple, dict))
 #: Bytes of JSON that a character, and a number, take at most.
 _CHARACTER_BYTES = 6
@@ -84,9 +86,12 @@ class Encoder:
         limits: Limits | None = None,
         redactor: Redactor | None = None,
         *,
+        run_id: str = "",
         content: Content = "all",
         mask: Mask | None = None,
     ) -> None:
+        #: The run of the drafts that are to be finished.
+        self._run_id = run_id
         self._limits = limits or Limits()
         self._redactor = redactor or Redactor()
         self._content = content
@@ -102,29 +107,17 @@ class Encoder:
         # A value counts for so many bytes that no more than `max_items` of them fit into the bytes of an attribute.
         self._value_bytes = max(_NUMBER_BYTES, self._max_bytes // self._max_items + 1)
 
-    def draft(self, numbers: draft.Numbers, fields: dict[str, Any]) -> bytes | None:
-        """
-        Return an event of which only `fields` are encoded, to be finished later; None if that does not do.
-
-        It may hold secrets: nobody but `finish` is to see it.
-        """
-        content = self._at_once(fields)
-        try:
-            return None if content is None else draft.pack(numbers, content)
-        except struct.error:  # the clock is set to a time that no number holds
-            return None
-
-    def finish(self, drafted: bytes, counter: Counter) -> bytes | None:
-        """Return the event of a draft as JSON bytes; None as for `encode`."""
-        numbers, content = draft.unpack(drafted)
-        head = draft.fields_of(numbers)
-        if self._may_hold_secret(content):
-            return self._thorough({**head, **orjson.loads(content)}, _WithoutHooks(counter))
-        return b"%b,%b" % (orjson.dumps(head)[:-1], content[1:])
+    def finish(self, drafts: Sequence[Draft], counter: Counter) -> list[bytes | None]:
+        """Return the events of drafts as JSON bytes; None as for `encode`."""
+        events: list[bytes | None] = [*events_of(drafts, self._run_id)]
+        for number in self._redactor.suspects([draft[-1] for draft in drafts]):
+            whole = orjson.loads(events[number] or b"")
+            events[number] = self._thorough(whole, _WithoutHooks(counter))
+        return events
 
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
-        event = self._at_once(fields)
+        event = self.at_once(fields)
         return self._thorough(fields, notes) if event is None or self._may_hold_secret(event) else event
 
     def _may_hold_secret(self, encoded: bytes) -> bool:
@@ -152,38 +145,39 @@ class Encoder:
 
     # -- the fast way: is there anything to be careful about? -----------------------------------------
 
-    def _at_once(self, fields: dict[str, Any]) -> bytes | None:
-        """Return fields as JSON, if there is nothing to be careful about but secrets in texts; else None."""
+    def at_once(self, fields: dict[str, Any]) -> bytes | None:
+        """
+        Return fields as JSON, if there is nothing to be careful about but secrets in texts; else None.
+
+        It may hold secrets: nobody but `finish` is to see it.
+        """
         if self._look_at_all:
             return None
         try:
-            stage_type, status, name = fields["stage_type"], fields["status"], fields.get("stage_name", "")
-            if not (type(stage_type) is type(status) is type(name) is str):
-                return None
-            if (
-                len(stage_type) + len(status) + len(name) > _MAX_FIELD
-                or "input_ref" in fields
-                or "output_ref" in fields
-            ):
+            stage_type, status = fields["stage_type"], fields["status"]
+            if not (type(stage_type) is type(status) is str and len(stage_type) + len(status) <= _MAX_FIELD):
                 return None
             if not self._are_small(fields["attributes"]):
                 return None
-            if "metadata" in fields and not self._are_small(fields["metadata"]):
-                return None
-            encoded = orjson.dumps(fields, option=_OPTIONS)
+            if len(fields) > _PLAIN_FIELDS:
+                name = fields.get("stage_name", "")
+                if type(name) is not str or len(name) > _MAX_FIELD or "input_ref" in fields or "output_ref" in fields:
+                    return None
+                if "metadata" in fields and not self._are_small(fields["metadata"]):
+                    return None
+            encoded = orjson.dumps(fields, None, _OPTIONS)
             return encoded if len(encoded) <= self._max_small else None
         except Exception:  # noqa: BLE001 - something that orjson alone has no form for
             return None
 
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
-        innocent, max_text, max_items = self._redactor.innocent, self._max_text, self._max_items
-        max_depth, max_bytes = self._max_depth, self._max_bytes
+        max_text, max_items = self._max_text, self._max_items
         if len(values) > max_items:
             return False
-        for key, value in values.items():
-            if key not in innocent and self._tells_a_secret(key):
-                return False
+        if not self._redactor.innocent.issuperset(values) and any(map(self._tells_a_secret, values)):
+            return False
+        for value in values.values():
             kind = type(value)
             if kind is str:
                 if len(value) > max_text:
@@ -196,14 +190,14 @@ class Encoder:
                     # Joined, which only texts can be; but if the first is long, the others are not looked at.
                     if len(value[0]) * len(value) > max_text or len("".join(value)) > max_text:
                         return False
-                elif (
-                    not _SCALARS.issuperset(map(type, value))
-                    and self._size(value, kind, max_depth, max_bytes) > max_bytes
-                ):
+                elif [*map(type, value)].count(float) < len(value) and not self._is_small(value, kind):
                     return False
-            elif kind not in _SCALARS and self._size(value, kind, max_depth, max_bytes) > max_bytes:
+            elif kind not in _SCALARS and not self._is_small(value, kind):
                 return False
         return True
+
+    def _is_small(self, value: Any, kind: type) -> bool:
+        return self._size(value, kind, self._max_depth, self._max_bytes) <= self._max_bytes
 
     def _tells_a_secret(self, key: str) -> bool:
         return len(key) > _MAX_KEY or self._redactor.is_secret(key)  # of a long key there is no verdict by heart

@@ -19,7 +19,7 @@ from typing import Any
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.context import Scope, add_finder, here, remove_finder
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stage import Given, StageContext
 from evalvault_sdk.capture.stages import Stages
 
 #: So many that have ended are known still: what they began may go on, a stream that is read later for example.
@@ -103,15 +103,14 @@ class ObservedStages:
         if not self._recorder.enabled:
             return None
         try:
-            stage = _ObservedStage(
-                self._recorder,
-                stage_type,
+            given = Given(
                 stage_name=stage_name,
                 parent_stage_id=parent_stage_id,
                 trace_id=trace_id,
                 attributes=attributes,
                 metadata=metadata,
             )
+            stage = _ObservedStage(self._recorder, stage_type, given)
             stage._start(self._around(parent_key))
             self._open[key] = stage
             self._evict()
@@ -233,7 +232,7 @@ class _Ended(Scope):
 
     def __init__(self, stage: StageContext) -> None:
         self._recorder, self._trace = stage._recorder, stage._trace
-        self._stage_id, self._span_id = stage.stage_id, stage.span_id
+        self._made_of, self._stage_id, self._span_id = stage._made_of, stage._stage_id, stage._span_id
         self._outer = self._before = None
         self._open = False
 

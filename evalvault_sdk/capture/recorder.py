@@ -9,12 +9,13 @@ Caller's thread. Never raises: whatever goes wrong here is ours, and the host pr
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import attrs
 
 from evalvault_sdk.capture.context import Trace
-from evalvault_sdk.capture.draft import Numbers, fields_of
+from evalvault_sdk.capture.draft import Draft
 from evalvault_sdk.late import load
 from evalvault_sdk.log import Rarely
 
@@ -60,8 +61,9 @@ class Setup:
     run_id: str
     sink: Sink
     encoder: Encoder
-    #: Whether the sink takes drafts: has `encoder.finish` called for what is to leave the memory.
-    takes_drafts: bool = False
+    #: Puts a draft into the sink, which has `encoder.finish` called when it is to leave the memory. None, as with
+    #: sampling: events are wanted as bytes at once.
+    put_draft: Callable[[Draft], bool] | None = None
     #: None: everything is recorded.
     sampling: Sampling | None = None
     payload_store: PayloadStore | None = None
@@ -98,7 +100,7 @@ class Recorder:
         log: Rarely | None = None,
         *,
         encoder: Encoder | None = None,
-        takes_drafts: bool = False,
+        put_draft: Callable[[Draft], bool] | None = None,
         sampling: Sampling | None = None,
         payload_store: PayloadStore | None = None,
         traceback_frames: int = 0,
@@ -112,7 +114,7 @@ class Recorder:
                 run_id=run_id,
                 sink=sink,
                 encoder=encoder or cast("Encoder", _LateEncoder()),
-                takes_drafts=takes_drafts,
+                put_draft=put_draft,
                 sampling=sampling,
                 payload_store=payload_store,
                 traceback_frames=traceback_frames,
@@ -170,30 +172,20 @@ class Recorder:
             setup,
             run_id=setup.run_id or "test",
             sink=sink,
-            takes_drafts=False,
+            put_draft=None,
             sampling=None,
             enabled=True,
             payload_store=payload_store if setup.payload_store is not None else None,
         )
 
-    def record(self, fields: dict[str, Any], trace: Trace | None = None, numbers: Numbers | None = None) -> bool:
-        """
-        Encode an event, put it into the sink unless its trace is not drawn; say whether it was taken.
-
-        `numbers` are the stage's own ids and times, where `fields` do not have them.
-        """
+    def record(self, fields: dict[str, Any], trace: Trace | None = None) -> bool:
+        """Encode an event, put it into the sink unless its trace is not drawn; say whether it was taken."""
         try:
             setup = self.setup
-            if numbers is not None:
-                if setup.takes_drafts and setup.sampling is None:
-                    draft = setup.encoder.draft(numbers, fields)
-                    if draft is not None:
-                        return setup.sink.put(draft) or self._not_taken(draft)
-                fields = {**fields_of(numbers), **fields}
             if setup.sampling is not None:
                 return setup.sampling.record(self, fields, trace)
             event = setup.encoder.encode(fields, self)
-            return (event is not None and setup.sink.put(event)) or self._not_taken(event)
+            return (event is not None and setup.sink.put(event)) or self.not_taken(event)
         except Exception as error:  # noqa: BLE001 - see the module's promise
             self.fault("recording a stage", error)
             return False
@@ -207,14 +199,14 @@ class Recorder:
         """Return an event as bytes; None if it is too large whatever is cut, and counted as dropped."""
         event = self.setup.encoder.encode(fields, self)
         if event is None:
-            self._not_taken(event)
+            self.not_taken(event)
         return event
 
     def put_encoded(self, event: bytes) -> bool:
         """Put an event into the sink."""
-        return self.setup.sink.put(event) or self._not_taken(event)
+        return self.setup.sink.put(event) or self.not_taken(event)
 
-    def _not_taken(self, event: bytes | None) -> bool:
+    def not_taken(self, event: bytes | Draft | None) -> bool:
         """See to it that the loss of an event is counted, and said if it is one of ours to avoid. Returns False."""
         if event is None:
             self.setup.sink.refuse("too_large")

@@ -9,17 +9,18 @@ Caller's thread or task. The block's exceptions pass through unchanged; ours nev
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from evalvault_sdk.capture import clock, context
 from evalvault_sdk.capture.call import CallCapture
 from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, leave, open_scope, place
+from evalvault_sdk.capture.draft import Draft, fields_of
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import cancellation, describe_error
-from evalvault_sdk.ids import digits_of, new_random_bits, span_id_of, stage_id_of
+from evalvault_sdk.ids import NO_ID, Id, digits_of, new_random_bits, stage_id_of
 from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
@@ -28,6 +29,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _modules = sys.modules
+
+
+class Given(NamedTuple):
+    """What a stage is made with, besides its type. See `StageTracer.stage`."""
+
+    stage_name: str | None = None
+    parent: Scope | None = None
+    parent_stage_id: str | None = None
+    trace_id: str | None = None
+    attempt: int = 1
+    attributes: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] | None = None
+    input_ref: StagePayloadRef | Mapping[str, str] | None = None
+    output_ref: StagePayloadRef | Mapping[str, str] | None = None
+    call: CallCapture | None = None
+
+
+#: Most stages are made with their type alone.
+_NOTHING_GIVEN = Given()
 
 
 class StageContext(Scope):
@@ -42,111 +62,118 @@ class StageContext(Scope):
     """
 
     __slots__ = (
+        "_attributes",
         "_call",
         "_given",
+        "_given_type",
+        "_is_own",
+        "_is_placed",
         "_made_from",
+        "_metadata",
         "_opened_trace",
-        "_own",
         "_parent",
-        "_random_bits",
-        "_started_ns",
+        "_parent_stage_id",
         "_started_perf_ns",
-        "_trace_id",
         "attempt",
-        "attributes",
         "input_ref",
-        "metadata",
         "output_ref",
-        "parent_stage_id",
         "stage_name",
         "stage_type",
         "status",
-        "trace_id",
     )
 
-    #: What the stage did. Assign a new dict or add keys; read when the block is left.
-    attributes: dict[str, Any]
-    #: What it ran under.
-    metadata: dict[str, Any]
-    #: The ids: None until the block is entered.
-    trace_id: str | None
-    parent_stage_id: str | None
-    #: Unix time; 0 until the block is entered.
-    _started_ns: int
-    _random_bits: int
     _made_from: StageContext | None
+    #: What the parent's id is made of; `NO_ID` where it is a text, or there is none.
+    _parent: Id
+    _parent_stage_id: str | None
+    stage_name: str | None
+    input_ref: StagePayloadRef | Mapping[str, str] | None
+    output_ref: StagePayloadRef | Mapping[str, str] | None
+    #: None until somebody looks, or sets one.
+    _attributes: dict[str, Any] | None
+    _metadata: dict[str, Any] | None
+    #: Whether the attributes are ours to change.
+    _is_own: bool
+    #: Whether it is given where the stage belongs.
+    _is_placed: bool
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        stage_type: str | None,
-        stage_name: str | None = None,
-        parent: Scope | None = None,
-        parent_stage_id: str | None = None,
-        trace_id: str | None = None,
-        attempt: int = 1,
-        attributes: Mapping[str, Any] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
-        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
-        call: CallCapture | None = None,
-    ) -> None:
+    def __init__(self, recorder: Recorder, stage_type: str | None, given: Given = _NOTHING_GIVEN) -> None:
         self._recorder = recorder
         self.stage_type = "stage" if stage_type is None else stage_type
-        # In one tuple: nobody wants them but who enters it again.
-        self._given = (
-            stage_type,
-            stage_name,
-            parent_stage_id,
-            trace_id,
-            attempt,
-            input_ref,
-            output_ref,
-            attributes,
-            metadata,
-        )
-        self.stage_name = stage_name
-        self._parent = parent
-        self.parent_stage_id = parent_stage_id
-        self._trace_id = None if trace_id is None else as_id(trace_id)
-        self.attempt = attempt
-        self.attributes = self._own = {} if attributes is None else as_object(attributes).copy()
-        self.metadata = {} if metadata is None else as_object(metadata).copy()
-        self.input_ref = input_ref
-        self.output_ref = output_ref
-        self.status = "success"
+        self._given_type, self._given = stage_type, given
+        self._made_of = self._parent = NO_ID
         # `_made_from` None: from itself. A reference to itself would leave every stage to the garbage collector.
-        self._made_from = self._stage_id = self.trace_id = self._span_id = None
-        self._started_ns = 0
+        self._made_from = self._stage_id = self._span_id = self._parent_stage_id = None
         self._open = False
-        self._call = call
+        self._is_own = True
+        self.status = "success"
+        if given is _NOTHING_GIVEN:
+            self.stage_name = self._attributes = self._metadata = self.input_ref = self.output_ref = None
+            self.attempt = 1
+            self._is_placed = False
+            self._call = None
+        else:
+            self._take(given)
+            self._is_placed = given[1:4] != (None, None, None)  # parent, parent_stage_id, trace_id
+            self._call = given.call
+
+    def _take(self, given: Given) -> None:
+        """Set what the program may change to what was given."""
+        self.stage_name, _, self._parent_stage_id, _, self.attempt, attributes, metadata, *references, _ = given
+        self._attributes = None if attributes is None else as_object(attributes).copy()
+        self._metadata = None if metadata is None else as_object(metadata).copy()
+        self._is_own = True
+        self.input_ref, self.output_ref = references
 
     @property
     def _template(self) -> StageContext:
         """The stage that the program made, of which this one is an entry."""
         return self._made_from or self
 
-    # Most stages are never asked for their ids: these are made from numbers when somebody does, or the worker.
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the stage did. Assign a new dict or add keys; read when the block is left."""
+        if self._attributes is None:
+            self._attributes = {}
+        return self._attributes
+
+    @attributes.setter
+    def attributes(self, attributes: dict[str, Any]) -> None:
+        self._attributes = attributes
+        self._is_own = False  # a dict that was assigned is not ours to change
 
     @property
-    def stage_id(self) -> str | None:
-        """The stage's own id, a UUIDv7 of 36 characters; None until the block is entered."""
-        if self._stage_id is None and self._started_ns:
-            self._stage_id = stage_id_of(digits_of(self._started_ns, self._random_bits))
-        return self._stage_id
+    def metadata(self) -> dict[str, Any]:
+        """What it ran under."""
+        if self._metadata is None:
+            self._metadata = {}
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
 
     @property
-    def span_id(self) -> str | None:
-        """The span that the stage is in W3C Trace Context, 16 hexadecimal digits; None until the block is entered."""
-        if self._span_id is None and (stage_id := self.stage_id) is not None:
-            self._span_id = span_id_of(stage_id)
-        return self._span_id
+    def trace_id(self) -> str | None:
+        """The id that all stages of the request share; None until the block is entered."""
+        return None if self._made_of is NO_ID else self._trace.trace_id
+
+    @property
+    def parent_stage_id(self) -> str | None:
+        """The id of the stage around it, or the given one; None until the block is entered, and for a root."""
+        if self._parent_stage_id is None and self._parent is not NO_ID:
+            self._parent_stage_id = stage_id_of(digits_of(*self._parent))
+        return self._parent_stage_id
 
     def set(self, /, **attributes: Any) -> None:
         """Add attributes: `stage.set(query=query, top_k=5)`."""
-        if self.attributes is not self._own:  # a dict that was assigned is not ours to change
-            self.attributes = self._own = as_object(self.attributes).copy()
-        self._own.update(attributes)
+        own = self._attributes
+        if own is None:
+            self._attributes = attributes  # which Python has made for this call
+        elif self._is_own:
+            own.update(attributes)
+        else:
+            self._attributes, self._is_own = {**as_object(own), **attributes}, True
 
     def fail(self, reason: str, *, kind: str = "Error") -> None:
         """Record the stage as failed although the block does not raise."""
@@ -188,10 +215,10 @@ class StageContext(Scope):
         before = outer = open_scope.get()
         if context.finders:
             outer = here()
-        if self._open or (self._started_ns and self.is_around(outer)):
+        if self._made_of is not NO_ID:
             # In a recursion, in another thread, or in what began inside: each entry is a stage with a clock of its own.
-            return self._again().__enter__()
-        if self._started_ns:
+            if self._open or self.is_around(outer):
+                return self._again().__enter__()
             self._start_over()
         self._start(outer)
         self._before = before
@@ -201,32 +228,39 @@ class StageContext(Scope):
     def _start(self, outer: Scope | None) -> None:
         """Begin, in the scope `outer` or below the given parent."""
         self._open = True
-        self._started_ns = started_ns = clock.time_ns()
-        self._random_bits = random_bits = new_random_bits()
+        self._made_of = made_of = clock.time_ns(), new_random_bits()
         self._outer = self._before = outer
-        if self._parent is not None:
-            outer = self._below() or outer
-        self.parent_stage_id, trace = place(outer, self._recorder, self.parent_stage_id, self._trace_id)
-        if trace is None:
-            digits = digits_of(started_ns, random_bits)
-            trace = Trace(digits)
-            self._stage_id = stage_id_of(digits)  # which its children will ask for
-        self._opened_trace = outer is None or trace is not outer._trace
-        self._trace = trace
-        self.trace_id = trace.trace_id
+        if self._is_placed:
+            self._find_place(outer)
+        elif outer is None:
+            self._trace, self._opened_trace = Trace(None, None, made_of), True
+        else:
+            self._trace, self._opened_trace = outer._trace, False
+            if outer._recorder is self._recorder and outer._made_of is not NO_ID:
+                self._parent = outer._made_of
+            else:
+                self._find_place(outer)
         if "opentelemetry.trace" in _modules and (span := current_span()) is not None:
             self._take_over(span)
         self._started_perf_ns = clock.perf_counter_ns()
 
-    def _below(self) -> Scope | None:
-        """Return the given parent, if it has begun: one of a tracer that is switched off never does."""
-        return self._parent if issubclass(type(self._parent), Scope) and hasattr(self._parent, "_trace") else None
+    def _find_place(self, outer: Scope | None) -> None:
+        """Find parent and trace, of which something may be given."""
+        _, parent, parent_stage_id, trace_id, *_ = self._given
+        # One of a tracer that is switched off has never begun.
+        if parent is not None and issubclass(type(parent), Scope) and hasattr(parent, "_trace"):
+            outer = parent
+        self._parent_stage_id, trace = place(
+            outer, self._recorder, parent_stage_id, None if trace_id is None else as_id(trace_id)
+        )
+        self._trace = Trace(None, None, self._made_of) if trace is None else trace
+        self._opened_trace = outer is None or trace is not outer._trace
 
     def _take_over(self, span: tuple[str, str]) -> None:
         """Be part of the trace that OpenTelemetry is in, and bear the id of its span, where we have no trace yet."""
-        if self._opened_trace and self._trace_id is None and self.parent_stage_id is None:
-            self._trace.trace_id = self.trace_id = span[0]
-        if span[0] == self.trace_id and not is_in_stage_of(self._outer, span[1]):
+        if self._opened_trace and self._given.trace_id is None and self.parent_stage_id is None:
+            self._trace.trace_id = span[0]
+        if span[0] == self._trace.trace_id and not is_in_stage_of(self._outer, span[1]):
             self._span_id = span[1]
 
     def __exit__(
@@ -258,9 +292,9 @@ class StageContext(Scope):
                 self._tell_of(error)
             if self.status == "error":
                 recorder.fail_trace(self._trace)
-            span = 0 if self._span_id is None else int(self._span_id, 16)
-            numbers = self._started_ns, elapsed_ns, self._random_bits, span
-            recorder.record(self._fields(), self._trace, numbers)
+            put_draft = recorder.setup.put_draft
+            if put_draft is None or not self._draft(put_draft, elapsed_ns):
+                recorder.record(self._fields(elapsed_ns), self._trace)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)
         if self._opened_trace:
@@ -294,58 +328,74 @@ class StageContext(Scope):
 
     def _start_over(self) -> None:
         """Forget what the last time in this block set."""
-        _, self.stage_name, self.parent_stage_id, _, self.attempt, *given = self._given
-        self.input_ref, self.output_ref, attributes, metadata = given
+        given = self._given
+        self._take(given._replace(attributes=_snapshot(given.attributes), metadata=_snapshot(given.metadata)))
         self._stage_id = self._span_id = None
-        self.attributes = self._own = as_object(_snapshot(attributes)).copy()
-        self.metadata = as_object(_snapshot(metadata)).copy()
+        self._parent = NO_ID
         self.status = "success"
 
-    def _again(self, name: str | None = None, stage_type: str | None = None) -> StageContext:
+    def _again(self) -> StageContext:
         """Return a stage as this one was when it was made, not entered yet."""
-        given_type, given_name, parent_stage_id, trace_id, attempt, input_ref, output_ref, *content = self._given
-        attributes, metadata = content
-        again = StageContext(
-            self._recorder,
-            given_type or stage_type,
-            stage_name=given_name or name,
-            parent=self._parent,
-            parent_stage_id=parent_stage_id,
-            trace_id=trace_id,
-            attempt=attempt,
-            attributes=_snapshot(attributes),
-            metadata=_snapshot(metadata),
-            input_ref=input_ref,
-            output_ref=output_ref,
-        )
+        return self._entry(self._given_type, self._given)
+
+    def _entry(self, stage_type: str | None, given: Given) -> StageContext:
+        """Return a stage for one entering of this one, made with what that was given, or with more."""
+        if given.attributes is not None or given.metadata is not None:
+            given = given._replace(attributes=_snapshot(given.attributes), metadata=_snapshot(given.metadata))
+        again = StageContext(self._recorder, stage_type, given)
         again._made_from = self._template
         return again
 
-    def _fields(self) -> dict[str, Any]:
-        """Return the fields of the event, but for those of `draft.fields_of`."""
-        attributes, metadata, trace_metadata = self.attributes, self.metadata, self._trace.metadata
+    def _draft(self, put: Callable[[Draft], bool], elapsed_ns: int) -> bool:
+        """Put the stage as a draft, whose ids and times are formatted later; say whether that does."""
+        trace, content = self._trace, self._content()
+        in_trace = trace.opened
+        if trace.given_id is not None:
+            content["trace_id"], in_trace = trace.given_id, NO_ID
+        if self._parent_stage_id is not None and self._parent is NO_ID:
+            content["parent_stage_id"] = self._parent_stage_id
+        encoded = self._recorder.setup.encoder.at_once(content)
+        if encoded is None:
+            return False
+        span = 0 if self._span_id is None else int(self._span_id, 16)
+        # A slice: orjson leaves its result as large as the buffer was that it was written into.
+        draft = self._made_of, elapsed_ns, span, self._parent, in_trace, encoded[1:]
+        return put(draft) or not self._recorder.not_taken(draft)
+
+    def _fields(self, elapsed_ns: int) -> dict[str, Any]:
+        """Return the fields of the event."""
+        outer = self._outer
+        if outer is not None and outer._made_of is self._parent:
+            self._parent_stage_id = outer.stage_id  # which it makes but once for all that are in it
         # The order saves the encoder from looking for secrets in what can hold none: content begins with the type.
-        fields: dict[str, Any] = {
+        fields = {
             "run_id": self._recorder.setup.run_id,
-            "trace_id": self.trace_id,
+            "trace_id": self._trace.trace_id,
             "parent_stage_id": self.parent_stage_id,
+            **fields_of(self._made_of, elapsed_ns, 0 if self._span_id is None else int(self._span_id, 16)),
+            **self._content(),
+        }
+        if fields["parent_stage_id"] is None:
+            del fields["parent_stage_id"]
+        return fields
+
+    def _content(self) -> dict[str, Any]:
+        """Return the fields of the event but for ids and times."""
+        attributes, metadata, trace_metadata = self._attributes, self._metadata, self._trace.metadata
+        fields: dict[str, Any] = {
             "stage_type": self.stage_type,
             # Null means the default to our server; EvalVault's ingest breaks on it, and on the file that it is in.
             "status": "success" if self.status is None else self.status,
             "attributes": attributes if type(attributes) is dict else as_object(attributes),
         }
-        if self.parent_stage_id is None:
-            del fields["parent_stage_id"]
         if self.stage_name is not None:
             fields["stage_name"] = self.stage_name
         if self.attempt != 1 and self.attempt is not None:
             fields["attempt"] = self.attempt
-        if type(metadata) is not dict:
-            metadata = as_object(metadata)
-        if trace_metadata:
-            metadata = {**trace_metadata, **metadata}
-        if metadata:
-            fields["metadata"] = metadata
+        if metadata is not None or trace_metadata:
+            metadata = {**(trace_metadata or {}), **as_object(metadata)}
+            if metadata:
+                fields["metadata"] = metadata
         if self.input_ref is not None:
             fields["input_ref"] = as_reference(self.input_ref)
         if self.output_ref is not None:

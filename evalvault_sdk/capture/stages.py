@@ -21,7 +21,7 @@ from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.nostage import NO_STAGE, dormant
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import StageContext, as_object, as_reference
+from evalvault_sdk.capture.stage import Given, StageContext, as_object, as_reference
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
@@ -71,23 +71,7 @@ class Stages:
         on_result: Callable[[Any], Mapping[str, Any] | None] | None = None,
     ) -> StageContext: ...
 
-    def stage(
-        self,
-        stage_type: Any = None,
-        *,
-        stage_name: str | None = None,
-        parent: Scope | None = None,
-        parent_stage_id: str | None = None,
-        trace_id: str | None = None,
-        attempt: int = 1,
-        attributes: Mapping[str, Any] | Callable[[Call], Mapping[str, Any] | None] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
-        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
-        capture_args: bool | Sequence[str] = False,
-        capture_result: bool = False,
-        on_result: Callable[[Any], Mapping[str, Any] | None] | None = None,
-    ) -> Any:
+    def stage(self, stage_type: Any = None, **given: Any) -> Any:
         """
         Measure a stage: use the result as `with`, `async with`, or as a decorator of anything that is called.
 
@@ -104,6 +88,31 @@ class Stages:
         result, as `result` (of a stream its items, texts joined); `attributes` may be a function of a `Call`, and
         `on_result` one of the result, that return attributes. Arguments are looked at before the call.
         """
+        if not given and type(stage_type) is str:
+            if self._recorder.setup.enabled:
+                return StageContext(self._recorder, stage_type)
+            if not (self._is_dormant or self._may_be_enabled_later):
+                return NO_STAGE
+        return self._stage(stage_type, **given)
+
+    def _stage(
+        self,
+        stage_type: Any = None,
+        *,
+        stage_name: str | None = None,
+        parent: Scope | None = None,
+        parent_stage_id: str | None = None,
+        trace_id: str | None = None,
+        attempt: int = 1,
+        attributes: Mapping[str, Any] | Callable[[Call], Mapping[str, Any] | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        input_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        output_ref: StagePayloadRef | Mapping[str, str] | None = None,
+        capture_args: bool | Sequence[str] = False,
+        capture_result: bool = False,
+        on_result: Callable[[Any], Mapping[str, Any] | None] | None = None,
+    ) -> Any:
+        """Do what `stage` says, with whatever is given."""
         recorder = self._recorder
         if not recorder.setup.enabled and not self._is_dormant:
             if not self._may_be_enabled_later:
@@ -136,21 +145,13 @@ class Stages:
                 on_result=on_result,
             )
             attributes = None if callable(attributes) else attributes
-        stage = StageContext(
-            recorder,
-            stage_type,
-            stage_name,
-            parent,
-            parent_stage_id,
-            trace_id,
-            attempt,
-            attributes,
-            metadata,
-            input_ref,
-            output_ref,
-            call,
+        given = Given(
+            stage_name, parent, parent_stage_id, trace_id, attempt, attributes, metadata, input_ref, output_ref, call
         )
+        stage = StageContext(recorder, stage_type, given)
         return stage if function is None else stage(function)
+
+    stage.__wrapped__ = _stage  # type: ignore[attr-defined] # whose parameters are those that `inspect` and editors show
 
     def trace(
         self,

@@ -16,7 +16,7 @@ from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.context import Scope, Trace, as_id, here, leave, open_scope
 from evalvault_sdk.capture.propagate import Remote, current_span, read_headers, run_hash
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of
+from evalvault_sdk.ids import NO_ID, new_stage_id, span_id_of, trace_id_of
 
 
 class TraceContext(Scope):
@@ -52,6 +52,7 @@ class TraceContext(Scope):
         is_ours = remote is not None and remote.run == run_hash(recorder.run_id)
         self._trace = Trace(trace_id, _with_parent_span(metadata, None if is_ours else remote))
         self._trace.tracestate = remote.tracestate if remote else ""
+        self._made_of = NO_ID
         self._stage_id = remote.stage_id if remote and is_ours else None
         # Outside of a stage there is no span; what is called from here still has to name one.
         self._span_id = remote.span_id if remote else span[1] if span else span_id_of(new_stage_id())
@@ -110,7 +111,7 @@ class _Entry(Scope):
 
     def __init__(self, trace: TraceContext, outer: Scope | None, before: Scope | None) -> None:
         self._recorder, self._trace = trace._recorder, trace._trace
-        self._stage_id, self._span_id = trace._stage_id, trace._span_id
+        self._made_of, self._stage_id, self._span_id = NO_ID, trace._stage_id, trace._span_id
         self._outer = outer
         self._before = before
         self._open = True

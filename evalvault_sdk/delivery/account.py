@@ -18,7 +18,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -93,6 +93,17 @@ class FlushReport(Stats):
     in_time: bool
 
 
+#: What is counted for the numbers of a draft.
+DRAFT_BYTES = 250
+#: An event's JSON; or a draft of it, a tuple whose last item is bytes.
+Entry = bytes | tuple[Any, ...]
+
+
+def size_of(entry: Entry) -> int:
+    """Return about how many bytes of memory an event takes up."""
+    return len(entry) if isinstance(entry, bytes) else len(entry[-1]) + DRAFT_BYTES
+
+
 class Ledger:
     """The lock, and what the accounts under it have in common."""
 
@@ -129,7 +140,7 @@ class Account:
     def start_over(self) -> None:
         """Begin at nothing: at first, and in a forked child."""
         #: Events in memory, oldest first, and their bytes.
-        self.waiting: collections.deque[bytes] = collections.deque()
+        self.waiting: collections.deque[Entry] = collections.deque()
         self.waiting_bytes = 0
         #: Events, and their bytes, that left `waiting` and still take up memory: they are being sent.
         self.lent = 0
@@ -181,16 +192,16 @@ class Account:
         """Count something that is no end of an event."""
         self.notes[what] = self.notes.get(what, 0) + count
 
-    def first(self, count: int) -> list[bytes]:
+    def first(self, count: int) -> list[Entry]:
         """Return the first `count` events that wait, or fewer."""
         return list(itertools.islice(self.waiting, count))
 
-    def begins_with(self, events: list[bytes]) -> bool:
+    def begins_with(self, events: list[Entry]) -> bool:
         """Whether `events`, the first that waited a moment ago, still are: nobody has taken any meanwhile."""
         waiting, count = self.waiting, len(events)
         return len(waiting) >= count and waiting[0] is events[0] and waiting[count - 1] is events[-1]
 
-    def replace_first(self, old: list[bytes], new: list[bytes | DropReason]) -> None:
+    def replace_first(self, old: list[Entry], new: list[bytes | DropReason]) -> None:
         """Put `new` in place of `old`, the first that waited a moment ago, or drop them."""
         waiting, number = self.waiting, 0
         for before, after in zip(old, new, strict=True):
@@ -198,12 +209,12 @@ class Account:
                 break  # somebody has taken them meanwhile
             if isinstance(after, str):
                 del waiting[number]
-                self.waiting_bytes -= len(before)
+                self.waiting_bytes -= size_of(before)
                 self.taken += 1
                 self.drop(after)
             else:
                 waiting[number] = after
-                self.waiting_bytes += len(after) - len(before)
+                self.waiting_bytes += len(after) - size_of(before)
                 number += 1
 
     def take(self, count: int) -> Share:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from evalvault_sdk.config import Settings
-from evalvault_sdk.delivery.account import Account, Ledger, Share
+from evalvault_sdk.delivery.account import Account, Ledger, Share, size_of
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.breaker import Breaker
 from evalvault_sdk.delivery.notices import Notices
@@ -140,7 +140,7 @@ class Courier:
                     new = events[:count]
                     taken, shares = (*taken, *new), (*shares, account.take(count))
                     hand.parts = [Batch(taken, shares)]
-                    account.remove_first(count, sum(map(len, recorded[:count])))
+                    account.remove_first(count, sum(map(size_of, recorded[:count])))
                     new_bytes = sum(map(len, new))
                     account.lent += count
                     account.lent_bytes += new_bytes

@@ -1,10 +1,11 @@
 """
 Hold encoded events between the program's threads and the worker.
 
-In:   `put`, from any thread of the program: an append under a lock held for a moment.
+In:   `put`, from any thread of the program: an append, and no lock as long as there is room.
 Out:  `account.waiting`, from which the courier takes the oldest.
 
-An event may come as a draft, which whoever made it finishes when it is to leave the memory: `finish`.
+An event may come as a draft, a tuple whose last item is bytes; whoever made it finishes it, and many at once, when it
+is to leave the memory: `finish`.
 
 Bounded in events and in bytes; what happens to an event that does not fit is the `QueuePolicy`. The worker
 sleeps on `wakeup` and is woken when a batch is full; otherwise it comes by itself once per flush interval, so
@@ -16,20 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import attrs
 
-from evalvault_sdk.delivery.account import Account, DropReason, Ledger, Note
+from evalvault_sdk.delivery.account import DRAFT_BYTES, Account, DropReason, Entry, Ledger, Note, size_of
 
 #: What becomes of an event for which the queue has no room: it goes to disk; the oldest one makes room; it is
 #: lost; its thread waits for room.
 QueuePolicy = Literal["spool", "drop_oldest", "drop_newest", "block"]
-
-
-#: The first byte of a draft. No JSON begins with it.
-_DRAFT = 0
 
 
 class Wakeup:
@@ -68,10 +65,10 @@ class Wakeup:
 
 
 class Finish(Protocol):
-    """What makes an event of a draft; None of one that is too large."""
+    """What makes events of drafts; None of one that is too large."""
 
-    def __call__(self, draft: bytes, counter: EventQueue, /) -> bytes | None:
-        """Return the event."""
+    def __call__(self, drafts: Sequence[Any], counter: EventQueue, /) -> list[bytes | None]:
+        """Return the events."""
 
 
 class Overflow(Protocol):
@@ -124,6 +121,8 @@ class EventQueue:
         self._journal = overflow if journal else None
         self._finish = finish
         self.closed = False
+        #: Whether an event cannot just be appended.
+        self._is_careful = self._journal is not None
         #: Called after a put, in the caller's thread, until it is set to None: it starts the worker.
         self.on_first_put: Callable[[], None] | None = None
         #: Whether the calling thread is the one that makes room: then it must not wait for it.
@@ -136,27 +135,53 @@ class EventQueue:
         self._lock = self._ledger.lock
         self.wakeup = wakeup
 
-    def put(self, event: bytes) -> bool:
+    def put(self, event: Entry) -> bool:
         """Take an event, or count it as dropped and return False."""
+        account = self.account
+        waiting = account.waiting
+        size = len(event) if isinstance(event, bytes) else len(event[-1]) + DRAFT_BYTES  # as `size_of`, without a call
+        if (
+            self._is_careful
+            or account.waiting_bytes + account.lent_bytes + size > self._max_bytes
+            or len(waiting) + account.lent >= self._max_events
+        ):
+            return self._put_carefully(event, size)
+        # Recording takes no lock: an append is one step, and so, for Python, is an addition between two calls.
+        waiting.append(event)
+        account.waiting_bytes += size
+        if self._is_careful and self._take_back(event, size):  # it became so meanwhile
+            return self._put_carefully(event, size)
+        if len(waiting) >= self._wake_at_events or account.waiting_bytes >= self._wake_at_bytes:
+            self.wakeup.set()
+        start = self.on_first_put
+        if start is not None:
+            start()
+        return True
+
+    def _take_back(self, event: Entry, size: int) -> bool:
+        """Take out an event that has just been appended, unless somebody has taken it already."""
+        with self._lock:
+            waiting = self.account.waiting
+            for number in range(len(waiting) - 1, -1, -1):
+                if waiting[number] is event:
+                    del waiting[number]
+                    self.account.waiting_bytes -= size
+                    return True
+        return False
+
+    def _put_carefully(self, event: Entry, size: int) -> bool:
+        """Put an event where there may be no room, or it has to go to disk first."""
         with self._lock:
             account = self.account
             if self._journal is not None and not self.closed and self._append_to(self._journal, event):
-                count = len(self._ledger.direct)
-                total = 0
+                count, total = len(self._ledger.direct), 0
             else:
-                total = account.waiting_bytes + len(event)
-                if (
-                    total + account.lent_bytes > self._max_bytes
-                    or len(account.waiting) + account.lent >= self._max_events
-                    or self.closed
-                ):
-                    if not self._find_room(event):
-                        return False
-                    total = account.waiting_bytes  # it may have changed, or the event is on disk
-                else:
+                if not self.closed and self._has_room(size):
                     account.waiting.append(event)
-                    account.waiting_bytes = total
-                count = len(account.waiting)
+                    account.waiting_bytes += size
+                elif not self._find_room(event, size):
+                    return False
+                count, total = len(account.waiting), account.waiting_bytes
         if count >= self._wake_at_events or total >= self._wake_at_bytes:
             self.wakeup.set()
         start = self.on_first_put
@@ -164,9 +189,9 @@ class EventQueue:
             start()
         return True
 
-    def _find_room(self, event: bytes) -> bool:
+    def _find_room(self, event: Entry, size: int) -> bool:
         """Keep an event although the queue is full or closed, as the policy says, or count it as dropped."""
-        account, limits, size = self.account, self._limits, len(event)
+        account, limits = self.account, self._limits
         if self.closed or size > self._max_bytes:
             self.refuse("closed" if self.closed else "too_large")
             return False
@@ -178,7 +203,7 @@ class EventQueue:
                 reason = "spool_full"
         elif limits.policy == "drop_oldest":
             while account.waiting and not self._has_room(size):
-                account.waiting_bytes -= len(account.waiting.popleft())
+                account.waiting_bytes -= size_of(account.waiting.popleft())
                 account.taken += 1
                 account.drop("queue_full")
         elif limits.policy == "block" and not self.is_worker():
@@ -193,22 +218,27 @@ class EventQueue:
         account.waiting_bytes += size
         return True
 
-    def _append_to(self, disk: Overflow, event: bytes) -> bool:
+    def _append_to(self, disk: Overflow, event: Entry) -> bool:
         """Write an event to disk, finished; say whether that worked."""
         (finished,) = self.finished([event])
         return not isinstance(finished, str) and disk.append(finished, self.account)
 
-    def finished(self, events: list[bytes]) -> list[bytes | DropReason]:
+    def finished(self, entries: list[Entry]) -> list[bytes | DropReason]:
         """Return events with the drafts among them finished, or why they are lost. Takes its time: wants no lock."""
-        if self._finish is None:
-            return [*events]
-        return [self._finished(event, self._finish) if event[0] == _DRAFT else event for event in events]
+        drafts = [entry for entry in entries if type(entry) is not bytes]
+        finished = iter(self._finished(drafts))
+        return [entry if type(entry) is bytes else next(finished) for entry in entries]
 
-    def _finished(self, draft: bytes, finish: Finish) -> bytes | DropReason:
+    def _finished(self, drafts: list[Entry]) -> list[bytes | DropReason]:
+        if not drafts:
+            return []
         try:
-            return finish(draft, self) or "too_large"
-        except Exception:  # noqa: BLE001 - a bug of ours must not stop the events behind this one
-            return "internal_error"
+            assert self._finish is not None  # noqa: S101 - or nobody would have made drafts
+            return [event or "too_large" for event in self._finish(drafts, self)]
+        except Exception:  # noqa: BLE001 - a bug of ours must not stop the events beside or behind this one
+            if len(drafts) == 1:
+                return ["internal_error"]
+            return [event for draft in drafts for event in self._finished([draft])]
 
     def _has_room(self, size: int) -> bool:
         account = self.account
@@ -230,6 +260,7 @@ class EventQueue:
     def begin_journal(self, journal: Overflow) -> None:
         """From now on write every event to disk before `put` returns."""
         self._journal = journal
+        self._is_careful = True
 
     @property
     def due(self) -> bool:
@@ -239,4 +270,4 @@ class EventQueue:
 
     def close(self) -> None:
         """From now on count every put as dropped (`closed`)."""
-        self.closed = True
+        self.closed = self._is_careful = True

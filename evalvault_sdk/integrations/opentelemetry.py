@@ -21,6 +21,7 @@ from evalvault_sdk.capture.context import Trace, add_finder, here, place, remove
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.default import DefaultTracer, default
 from evalvault_sdk.errors import MissingDependencyError
+from evalvault_sdk.ids import NO_ID
 from evalvault_sdk.otel.mapping import stage_event_of
 from evalvault_sdk.otel.plain import shared, storable
 from evalvault_sdk.otel.span import Scope, Span, SpanEvent, SpanLink
@@ -168,6 +169,7 @@ class _SpanScope(StageScope):
     def __init__(self, recorder: Recorder, context: trace.SpanContext, outer: StageScope | None) -> None:
         self._recorder = recorder
         self.otel_trace_id = context.trace_id
+        self._made_of = NO_ID
         self._stage_id = self._span_id = f"{context.span_id:016x}"
         self._outer = self._before = outer
         self._open = True

@@ -9,7 +9,7 @@ import pytest
 from evalvault_sdk import StageTracer
 from evalvault_sdk.capture.console import Console
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stage import Given, StageContext
 from evalvault_sdk.testing import CapturingTransport
 from tests.support import ListSink, clean_environment
 
@@ -27,7 +27,7 @@ def test_a_stage_is_a_line_below_those_inside_it_and_content_is_short() -> None:
     stream, sink = io.StringIO(), ListSink()
     recorder = Recorder("run", Console(sink, stream))
     with StageContext(recorder, "request"):
-        with StageContext(recorder, "retrieval", stage_name="bm25") as stage:
+        with StageContext(recorder, "retrieval", Given(stage_name="bm25")) as stage:
             stage.set(
                 doc_ids=["d1", "d2"],
                 top_k=5,

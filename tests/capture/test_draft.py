@@ -9,56 +9,83 @@ import orjson
 import pytest
 
 from evalvault_sdk import StageTracer
-from evalvault_sdk.capture.draft import fields_of, pack, unpack
+from evalvault_sdk.capture.draft import Draft, fields_of
 from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.redact import Redactor
 from evalvault_sdk.delivery.transport.base import RetryLater
-from evalvault_sdk.ids import new_random_bits
+from evalvault_sdk.ids import Id, digits_of, new_random_bits, stage_id_of
 from tests.support import MemoryTransport, balances
 
-NUMBERS = (1_767_780_000_999_999_999, 1_500_000, new_random_bits(), 0)
+MADE_OF, PARENT, TRACE = ((1_767_780_000_999_999_999 - before, new_random_bits()) for before in (0, 10**6, 10**10))
 KEY = "sk-abcdefghij0123456789ABCDEFGHIJ"
 
 
-def fields(**attributes: Any) -> dict[str, Any]:
-    ids = {"run_id": "r", "trace_id": "t", "parent_stage_id": "p"}
-    return {**ids, "stage_type": "retrieval", "status": "success", "attributes": attributes}
+def content_of(**attributes: Any) -> dict[str, Any]:
+    return {"stage_type": "retrieval", "status": "success", "attributes": attributes}
 
 
-def finished(drafted: bytes | None) -> Any:
-    assert drafted is not None
-    return orjson.loads(Encoder().finish(drafted, NOWHERE) or b"")
+def draft_of(elapsed_ns: int = 1_500_000, made_of: Id = MADE_OF, span: int = 0, **attributes: Any) -> Draft:
+    content = Encoder().at_once(content_of(**attributes))
+    assert content is not None
+    return made_of, elapsed_ns, span, PARENT, TRACE, content[1:]
 
 
-def test_a_draft_holds_what_was_packed() -> None:
-    assert unpack(pack(NUMBERS, b"{}")) == (NUMBERS, b"{}")
-    assert pack(NUMBERS, b"{}")[0] == 0, "which is how it is told from JSON"
+def finished(*drafts: Draft) -> list[Any]:
+    return [orjson.loads(event or b"") for event in Encoder(run_id="r").finish(drafts, NOWHERE)]
+
+
+def encoded(draft: Draft, **attributes: Any) -> Any:
+    """Return the event that the encoder makes of the same stage without a draft."""
+    made_of, elapsed_ns, span, *_ = draft
+    ids = {"run_id": "r", "trace_id": digits_of(*TRACE), "parent_stage_id": stage_id_of(digits_of(*PARENT))}
+    event = Encoder().encode({**ids, **fields_of(made_of, elapsed_ns, span), **content_of(**attributes)}, NOWHERE)
+    assert event is not None
+    return orjson.loads(event)
 
 
 @pytest.mark.parametrize("attributes", [{}, {"doc_ids": ["a"], "scores": [0.5, None]}, {"query": f"key {KEY}"}])
 def test_a_finished_draft_is_the_event_that_would_have_been_encoded_at_once(attributes: dict[str, Any]) -> None:
-    encoder, whole = Encoder(), {**fields_of(NUMBERS), **fields(**attributes)}
-    at_once = encoder.encode(whole, NOWHERE)
-    assert at_once is not None
-    assert finished(encoder.draft(NUMBERS, fields(**attributes))) == orjson.loads(at_once)
-    assert KEY.encode() not in at_once
+    draft = draft_of(**attributes)
+    event = encoded(draft, **attributes)
+    assert finished(draft) == [event]
+    assert KEY not in str(event)
+
+
+@pytest.mark.parametrize(
+    "time_ns", [0, 1, 10**18 - 1, 10**18, 1_767_780_000_123_456_789, 10**19 - 1, 10**19, 1 << 64, 1 << 66, -1]
+)
+@pytest.mark.parametrize("elapsed_ns", [0, 1, 999, 1_234_567_890, 10**18, -5])
+def test_whatever_the_clock_says_many_drafts_become_what_each_would_alone(time_ns: int, elapsed_ns: int) -> None:
+    odd = draft_of(elapsed_ns, (time_ns, 5), 0xAB, top_k=1)
+    usual = draft_of(top_k=2)
+    if not 0 <= time_ns + elapsed_ns < 1 << 65:  # no calendar has it
+        return
+    assert finished(usual, odd, usual) == [encoded(usual, top_k=2), encoded(odd, top_k=1), encoded(usual, top_k=2)]
+
+
+def test_of_many_drafts_those_with_a_secret_are_found_wherever_they_are() -> None:
+    for places in ([], [0], [599], [16, 17], [5, 100, 300], list(range(600))):
+        drafts = [draft_of(query=KEY if number in places else f"page {number}") for number in range(600)]
+        queries = [event["attributes"]["query"] for event in finished(*drafts)]
+        assert [number for number, query in enumerate(queries) if query == "[secret]"] == places
+        assert sum(query == f"page {number}" for number, query in enumerate(queries)) == 600 - len(places)
 
 
 def test_a_draft_is_a_snapshot() -> None:
     scores = [0.5]
-    drafted = Encoder().draft(NUMBERS, fields(scores=scores))
+    draft = draft_of(scores=scores)
     scores.append(0.4)
-    assert finished(drafted)["attributes"] == {"scores": [0.5]}
+    assert finished(draft)[0]["attributes"] == {"scores": [0.5]}
 
 
 def test_the_ids_and_times_of_a_draft_are_those_of_the_stage() -> None:
-    told = fields_of(NUMBERS)
+    (told,) = finished(draft_of())
     assert told["started_at"] == "2026-01-07T10:00:00.999999+00:00"
     assert told["finished_at"] == "2026-01-07T10:00:01.001499+00:00"
     assert told["duration_ms"] == 1.5
     assert told["span_id"] == told["stage_id"].replace("-", "")[16:]
-    assert fields_of((*NUMBERS[:3], 0xAB))["span_id"] == "00000000000000ab"
+    assert finished(draft_of(span=0xAB))[0]["span_id"] == "00000000000000ab"
 
 
 @pytest.mark.parametrize(
@@ -74,16 +101,12 @@ def test_the_ids_and_times_of_a_draft_are_those_of_the_stage() -> None:
     ],
 )
 def test_what_has_to_be_looked_at_closely_is_no_draft(attributes: dict[str, Any]) -> None:
-    assert Encoder().draft(NUMBERS, fields(**attributes)) is None
+    assert Encoder().at_once(content_of(**attributes)) is None
 
 
 def test_nothing_is_drafted_where_all_content_has_to_be_looked_at() -> None:
     for encoder in (Encoder(content="none"), Encoder(mask=dict), Encoder(redactor=Redactor(personal=["email"]))):
-        assert encoder.draft(NUMBERS, fields(top_k=1)) is None
-
-
-def test_a_clock_that_no_number_holds_makes_no_draft() -> None:
-    assert Encoder().draft((1 << 70, 0, 1, 0), fields()) is None
+        assert encoder.at_once(content_of(top_k=1)) is None
 
 
 @pytest.mark.parametrize("settings", [{"durability": "spool", "max_queue_events": 2}, {"durability": "journal"}])

@@ -34,7 +34,7 @@ import pytest
 import evalvault_sdk
 from evalvault_sdk import current_stage
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stage import Given, StageContext
 from tests.support import ListSink
 
 PACKAGE = str(Path(evalvault_sdk.__file__).parent)
@@ -1479,7 +1479,7 @@ def says(*_: Any) -> Any:
 
 @pair(says)
 def test_the_body_says_what_it_learns_between_its_items(recorder: Recorder, sink: ListSink, body: Any) -> None:
-    stream = StageContext(recorder, "work", attributes={"given": []}, metadata={"m": 1})(body)()
+    stream = StageContext(recorder, "work", Given(attributes={"given": []}, metadata={"m": 1}))(body)()
     while advance(stream) is not END:
         pass
     (event,) = sink.events

@@ -15,7 +15,7 @@ import pytest
 
 from evalvault_sdk import StageEvent, StagePayloadRef, current_stage
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import StageContext
+from evalvault_sdk.capture.stage import Given, StageContext
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.log import Rarely
 from tests.support import ListSink
@@ -32,7 +32,7 @@ def recorder(sink: ListSink) -> Recorder:
 
 
 def test_a_block_is_recorded_with_its_times_ids_and_what_it_said(recorder: Recorder, sink: ListSink) -> None:
-    with StageContext(recorder, "retrieval", stage_name="bm25", metadata={"model": "m"}) as stage:
+    with StageContext(recorder, "retrieval", Given(stage_name="bm25", metadata={"model": "m"})) as stage:
         stage.attributes = {"doc_ids": ["d1"]}
         stage.set(top_k=5)
         stage.output_ref = StagePayloadRef("s3", "k")
@@ -69,9 +69,9 @@ def test_nested_blocks_find_their_parent_and_share_one_trace(recorder: Recorder,
 def test_a_given_parent_wins_and_its_trace_is_told_by_its_id(recorder: Recorder) -> None:
     with StageContext(recorder, "a") as a:
         pass
-    with StageContext(recorder, "b", parent_stage_id=a.stage_id) as b:
+    with StageContext(recorder, "b", Given(parent_stage_id=a.stage_id)) as b:
         assert (b.parent_stage_id, b.trace_id) == (a.stage_id, a.trace_id)
-    with StageContext(recorder, "c", parent_stage_id="input-123", trace_id="t" * 32) as c:
+    with StageContext(recorder, "c", Given(parent_stage_id="input-123", trace_id="t" * 32)) as c:
         assert (c.parent_stage_id, c.trace_id) == ("input-123", "t" * 32)
 
 
@@ -87,7 +87,7 @@ def test_an_exception_is_recorded_and_passes_through_unchanged(recorder: Recorde
     def fails() -> None:
         raise error
 
-    @StageContext(recorder, "a", attributes={"query": ""})
+    @StageContext(recorder, "a", Given(attributes={"query": ""}))
     def stage() -> None:
         fails()
 
@@ -129,7 +129,7 @@ def test_async_with_measures_too(recorder: Recorder, sink: ListSink) -> None:
 
 def test_tasks_find_the_stage_they_were_started_in(recorder: Recorder, sink: ListSink) -> None:
     async def one(number: int) -> None:
-        with StageContext(recorder, "child", attributes={"number": number}) as child:
+        with StageContext(recorder, "child", Given(attributes={"number": number})) as child:
             await asyncio.sleep(0)
             assert current_stage() is child
 
@@ -166,7 +166,7 @@ def test_a_decorated_function_is_the_same_function_to_its_callers(recorder: Reco
         current_stage().set(sum=a + b + c)
         return a + b + c
 
-    decorated = StageContext(recorder, "adding", metadata={"m": 1})(add)
+    decorated = StageContext(recorder, "adding", Given(metadata={"m": 1}))(add)
     assert decorated(1, c=4) == 7
     assert decorated(5) == 10
     assert decorated.__wrapped__ is add  # type: ignore[attr-defined]
@@ -179,7 +179,7 @@ def test_a_decorated_function_is_the_same_function_to_its_callers(recorder: Reco
 
 
 def test_a_decorated_coroutine_function_stays_one(recorder: Recorder, sink: ListSink) -> None:
-    @StageContext(recorder, "work", stage_name="named")
+    @StageContext(recorder, "work", Given(stage_name="named"))
     async def work(number: int) -> int:
         await asyncio.sleep(0)
         if number < 0:
@@ -218,7 +218,7 @@ def test_what_nobody_calls_is_refused_at_once(recorder: Recorder) -> None:
 
 
 def test_one_object_entered_twice_records_two_stages(recorder: Recorder, sink: ListSink) -> None:
-    stage = StageContext(recorder, "a", attributes={"given": 1})
+    stage = StageContext(recorder, "a", Given(attributes={"given": 1}))
     for number in range(2):
         with stage:
             stage.set(**{f"number_{number}": number})
@@ -238,7 +238,7 @@ def test_one_object_entered_while_open_nests(recorder: Recorder, sink: ListSink)
 
 def test_what_is_given_is_not_changed(recorder: Recorder) -> None:
     attributes, metadata = {"a": 1}, {"m": 1}
-    with StageContext(recorder, "a", attributes=attributes, metadata=metadata) as stage:
+    with StageContext(recorder, "a", Given(attributes=attributes, metadata=metadata)) as stage:
         stage.set(b=2)
         stage.metadata["n"] = 2
     assert (attributes, metadata) == ({"a": 1}, {"m": 1})
@@ -370,13 +370,13 @@ class HostileMapping(Mapping[str, Any]):
 
 @pytest.mark.parametrize("given", [5, [1, 2], "abc", np.array([1, 2]), HostileMapping()])
 def test_odd_attributes_given_or_assigned_are_not_felt(recorder: Recorder, sink: ListSink, given: Any) -> None:
-    with StageContext(recorder, "a", attributes=given, metadata=given):
+    with StageContext(recorder, "a", Given(attributes=given, metadata=given)):
         pass
     with StageContext(recorder, "b") as stage:
         stage.attributes = given
         stage.set(more=1)
         stage.metadata = given
-    StageContext(recorder, "c", attributes=given)(lambda: None)()
+    StageContext(recorder, "c", Given(attributes=given))(lambda: None)()
     assert [event["stage_type"] for event in sink.events] == ["a", "b", "c"]
     assert sink.events[1]["attributes"]["more"] == 1
 
@@ -390,13 +390,13 @@ def test_set_and_fail_work_after_attributes_were_taken_away(recorder: Recorder, 
 
 
 def test_a_reference_may_be_a_dict(recorder: Recorder, sink: ListSink) -> None:
-    with StageContext(recorder, "a", input_ref={"store": "s3", "id": "1"}):
+    with StageContext(recorder, "a", Given(input_ref={"store": "s3", "id": "1"})):
         pass
     assert sink.events[0]["input_ref"] == {"store": "s3", "id": "1"}
 
 
 def test_calls_do_not_see_each_others_changes(recorder: Recorder, sink: ListSink) -> None:
-    @StageContext(recorder, "a", attributes={"tags": []})
+    @StageContext(recorder, "a", Given(attributes={"tags": []}))
     def work(tag: str) -> None:
         stage = current_stage()
         stage.attributes["tags"].append(tag)

@@ -5,7 +5,7 @@ import gc
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -355,20 +355,18 @@ class Finishing:
         #: What happens while the next one is finished.
         self.before: list[Callable[[], None]] = []
 
-    def finish(self, draft: bytes, counter: EventQueue, /) -> bytes | None:
+    def finish(self, drafts: Sequence[tuple[bytes]], counter: EventQueue, /) -> list[bytes | None]:
         assert counter is self.queue
         for happens in [*self.before]:
             happens()
-        if draft == b"\0too large":
-            return None
-        if draft == b"\0odd":
+        if (b"odd",) in drafts:
             raise RuntimeError("no")
-        return draft[1:] * 2
+        return [None if content == b"too large" else content * 2 for (content,) in drafts]
 
 
 def test_drafts_are_finished_when_they_are_taken_and_events_left_as_they_are() -> None:
     queue = Finishing().queue
-    for event in (b"\0a", b"b", b"\0c"):
+    for event in ((b"a",), b"b", (b"c",)):
         queue.put(event)
     assert queue.account.stats().queued == 3
     assert take_all(queue).events == (b"aa", b"b", b"cc")
@@ -377,7 +375,7 @@ def test_drafts_are_finished_when_they_are_taken_and_events_left_as_they_are() -
 
 def test_a_draft_that_cannot_be_finished_is_lost_alone_and_counted() -> None:
     queue = Finishing().queue
-    for event in (b"\0odd", b"\0a", b"\0too large", b"\0odd"):
+    for event in ((b"odd",), (b"a",), (b"too large",), (b"odd",)):
         queue.put(event)
     assert take_all(queue).events == (b"aa",)
     stats = queue.account.stats()
@@ -388,7 +386,7 @@ def test_a_draft_that_cannot_be_finished_is_lost_alone_and_counted() -> None:
 
 def test_drafts_that_are_all_lost_do_not_keep_back_those_behind() -> None:
     queue = Finishing().queue
-    for event in [b"\0odd"] * 600 + [b"\0a"]:
+    for event in [(b"odd",)] * 600 + [(b"a",)]:
         queue.put(event)
     assert take_all(queue).events == (b"aa",)
 
@@ -396,11 +394,11 @@ def test_drafts_that_are_all_lost_do_not_keep_back_those_behind() -> None:
 def test_threads_record_on_while_drafts_are_finished() -> None:
     finishing = Finishing()
     queue = finishing.queue
-    queue.put(b"\0a")
+    queue.put((b"a",))
 
     def put_elsewhere() -> None:
         finishing.before.clear()
-        thread = threading.Thread(target=queue.put, args=[b"\0b"], daemon=True)
+        thread = threading.Thread(target=queue.put, args=[(b"b",)], daemon=True)
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
@@ -413,7 +411,7 @@ def test_threads_record_on_while_drafts_are_finished() -> None:
 def test_what_somebody_else_takes_while_it_is_finished_is_taken_once() -> None:
     finishing = Finishing()
     queue = finishing.queue
-    for event in (b"\0a", b"\0b", b"\0c"):
+    for event in ((b"a",), (b"b",), (b"c",)):
         queue.put(event)
     others: list[tuple[bytes, ...]] = []
 

@@ -235,7 +235,7 @@ class Runs:
         if query is None or run.query is not None or run.root is not run or stage.stage_type not in ("chain", "agent"):
             return
         run.query = query
-        began = iso_time(stage._started_ns)
+        began = iso_time(stage._made_of[0])
         self.tracer.record_stage(
             "input",
             attributes={"query": query},
