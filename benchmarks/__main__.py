@@ -21,7 +21,7 @@ from benchmarks.recording import measure
 from benchmarks.situations import SITUATIONS
 
 #: Parts that are programs of their own.
-_PROGRAMS = ("options", "trouble", "server")
+_PROGRAMS = ("options", "trouble", "scale", "server")
 
 
 def main() -> None:

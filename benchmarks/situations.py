@@ -63,6 +63,7 @@ SITUATIONS = {
             name="healthy",
             title="with-blocks, a server that answers at once",
             measures=(*_CALLER, "delivered_per_s", "wire_bytes", "peak_mib"),
+            requests=5000,
         ),
         Situation(
             name="durability",
@@ -70,6 +71,21 @@ SITUATIONS = {
             measures=(*_CALLER, "delivered_per_s", "peak_mib"),
             requests=10_000,
             subjects=("evalvault-sdk", "evalvault-sdk, memory", "evalvault-sdk, journal"),
+        ),
+        Situation(
+            name="loopback",
+            title="as many as go, beside the least that a program could do by itself",
+            measures=("caller_p50_us", "cpu_us", "delivered_per_s"),
+            requests=20_000,
+            subjects=("evalvault-sdk", "prototype"),
+        ),
+        Situation(
+            name="latency-100",
+            title="the same with 100 ms to the server",
+            measures=("caller_p50_us", "cpu_us", "delivered_per_s"),
+            latency_ms=100,
+            requests=20_000,
+            subjects=("evalvault-sdk", "prototype"),
         ),
         Situation(
             name="latency-50",

@@ -383,6 +383,26 @@ class PostHog(Subject):
         self._client.flush()
 
 
+class Prototype(Subject):
+    """The least that a program could do by itself: `benchmarks.prototype`."""
+
+    name = "prototype"
+    imports = "import orjson, requests"
+    distributions = ("orjson", "requests")
+    configured = "no bounds, no retries, no disk, one thread only"
+
+    def __init__(self, port: int) -> None:
+        from benchmarks.prototype import Block, Sender
+
+        sender = self._sender = Sender(port)
+        self.root = self.span = lambda name: Block(name, sender)
+        self.fill = lambda block, attributes: block.attributes.update(attributes)
+
+    def flush(self) -> None:
+        """Wait until all is sent."""
+        self._sender.flush()
+
+
 SUBJECTS: dict[str, type[Subject]] = {
     subject.name: subject
     for subject in (
@@ -396,6 +416,7 @@ SUBJECTS: dict[str, type[Subject]] = {
         Logfire,
         Sentry,
         PostHog,
+        Prototype,
         Nothing,
     )
 }

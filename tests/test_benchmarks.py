@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from email.message import Message
 from http.server import ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from benchmarks.recording import Figures, figures
 from benchmarks.report import ratios_of, show, times_better
 from benchmarks.run import FORMS
 from benchmarks.situations import MEASURES, SITUATIONS
-from benchmarks.subjects import SUBJECTS, EvalVault, Nothing, OpenTelemetry
+from benchmarks.subjects import SUBJECTS, EvalVault, Nothing, OpenTelemetry, Prototype
 from benchmarks.workload import STAGE_TYPES, STAGES_PER_REQUEST, attributes_of
 
 
@@ -52,6 +53,29 @@ def test_a_stage_is_about_450_bytes_in_five_stages_a_request(server: int) -> Non
     assert 430 <= sum(sizes) / len(sizes) <= 480
     assert [event["stage_type"] for event in events[:5]] == [*STAGE_TYPES, "request"]
     assert len({json.dumps(event["attributes"]) for event in events}) == len(events)
+
+
+def test_the_prototype_sends_what_we_send(server: int) -> None:
+    ours, prototype = EvalVault(server), Prototype(server)
+    sent: list[list[dict[str, Any]]] = []
+    for subject in (ours, prototype):
+        FORMS["blocks"](subject, itertools.cycle(attributes_of(1)))()
+        subject.flush()
+        ((_, headers, body),) = sink.requests
+        sent.append(json.loads(sink.unpacked(headers, body))["events"])
+        sink.requests.clear()
+    ours._tracer.shutdown()
+    prototype._sender.close()
+    known = ("stage_type", "status", "attributes", "run_id")
+    assert [[event[name] for name in known] for event in sent[0]] == [
+        [event[name] for name in known] for event in sent[1]
+    ]
+    for event, theirs in zip(*sent, strict=True):
+        filled = {name: value for name, value in theirs.items() if value is not None}
+        assert {name: len(str(event[name])) for name in event if name.endswith("id")} == {
+            name: len(str(filled[name])) for name in event if name.endswith("id")
+        }
+        assert set(event) == set(filled)
 
 
 @pytest.mark.parametrize("form", ["blocks", "decorators", "records", "tasks"])

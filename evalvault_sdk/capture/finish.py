@@ -82,11 +82,20 @@ def events_of(drafts: Sequence[Draft], run_id: str) -> list[bytes]:
 class _Milliseconds(dict[bytes, tuple[bytes, bytes, bytes]]):
     """For milliseconds of Unix time, in decimal: what an id, the time of a start and that of an end begin with."""
 
+    def __init__(self) -> None:
+        self._seconds: dict[bytes, bytes] = {}
+
     def __missing__(self, millisecond: bytes) -> tuple[bytes, bytes, bytes]:
-        time_ns = int(millisecond) * 1_000_000
-        id_begins, time = stage_id_of(digits_of(time_ns, 0))[:15].encode(), iso_time(time_ns)[:23].encode()
-        made = b'"stage_id":"' + id_begins, b'","started_at":"' + time, b'+00:00","finished_at":"' + time
-        self[millisecond] = made
+        second = millisecond[:10]
+        if second not in self._seconds:
+            self._seconds[second] = iso_time(int(second) * 1_000_000_000)[:20].encode()
+        time = self._seconds[second] + millisecond[10:]
+        digits = b"%012x" % int(millisecond)
+        made = self[millisecond] = (
+            b'"stage_id":"%b-%b-7' % (digits[:8], digits[8:]),
+            b'","started_at":"' + time,
+            b'+00:00","finished_at":"' + time,
+        )
         return made
 
 
@@ -99,11 +108,10 @@ class _Places(dict[Id, tuple[bytes, bytes]]):
 
     def __missing__(self, made_of: Id) -> tuple[bytes, bytes]:
         digits = digits_of(*made_of)
-        made = (
+        made = self[made_of] = (
             b'%b"trace_id":"%b",' % (self._run, digits.encode()),
             b'"parent_stage_id":"%b",' % stage_id_of(digits).encode(),
         )
-        self[made_of] = made
         return made
 
 
