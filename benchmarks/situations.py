@@ -75,9 +75,9 @@ SITUATIONS = {
         Situation(
             name="loopback",
             title="as many as go, beside the least that a program could do by itself",
-            measures=("caller_p50_us", "cpu_us", "delivered_per_s"),
+            measures=("caller_p50_us", "cpu_us", "delivered_per_s", "wire_bytes"),
             requests=20_000,
-            subjects=("evalvault-sdk", "prototype"),
+            subjects=("evalvault-sdk", "prototype", "evalvault-sdk, zstd"),
         ),
         Situation(
             name="latency-100",

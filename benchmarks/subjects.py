@@ -81,6 +81,7 @@ class EvalVault(Subject):
     distributions = ("evalvault-sdk",)
     configured = "max_queue_events, max_queue_bytes, spool_max_bytes; durability where named"
     durability: ClassVar[Literal["memory", "spool", "journal"]] = "spool"
+    compression: ClassVar[Literal["gzip", "zstd"]] = "gzip"
 
     def __init__(self, port: int) -> None:
         from evalvault_sdk import StageTracer, current_stage
@@ -89,6 +90,7 @@ class EvalVault(Subject):
             "bench",
             f"http://127.0.0.1:{port}",
             durability=self.durability,
+            compression=self.compression,
             max_queue_events=_QUEUE,
             max_queue_bytes=1 << 32,
             spool_max_bytes=1 << 32,
@@ -120,6 +122,13 @@ class EvalVaultInMemory(EvalVault):
 
     name = "evalvault-sdk, memory"
     durability = "memory"
+
+
+class EvalVaultWithZstd(EvalVault):
+    """The same, with bodies packed by zstd instead of gzip."""
+
+    name = "evalvault-sdk, zstd"
+    compression = "zstd"
 
 
 class EvalVaultWithJournal(EvalVault):
@@ -409,6 +418,7 @@ SUBJECTS: dict[str, type[Subject]] = {
         EvalVault,
         EvalVaultInMemory,
         EvalVaultWithJournal,
+        EvalVaultWithZstd,
         OpenTelemetry,
         OpenInference,
         Langfuse,

@@ -235,11 +235,11 @@ class Settings:
         validator=checks.is_bool,
         capture=True,
     )
-    compression: Literal["gzip", "none"] = setting(
+    compression: Literal["gzip", "zstd", "none"] = setting(
         "EVALVAULT_COMPRESSION",
-        "How request bodies are packed: `gzip` or `none`.",
+        "How request bodies are packed: `gzip`, `zstd` (needs `evalvault-sdk[zstd]`) or `none`.",
         default="gzip",
-        validator=checks.one_of("gzip", "none"),
+        validator=checks.one_of("gzip", "zstd", "none"),
     )
     flush_interval_s: float = setting(
         "EVALVAULT_FLUSH_INTERVAL_S",
@@ -510,7 +510,7 @@ class SettingArguments(TypedDict, total=False):
     traceback_frames: int | None
     payload_store: PayloadStore | None
     console: bool | None
-    compression: Literal["gzip", "none"] | None
+    compression: Literal["gzip", "zstd", "none"] | None
     flush_interval_s: float | None
     batch_events: int | None
     max_batch_events: int | None

@@ -40,7 +40,7 @@ def test_an_argument_wins_over_its_variable_and_the_variable_over_the_default() 
         ({"flush_interval_s": float("inf")}, "flush_interval_s must be a number of seconds"),
         ({"flush_interval_s": float("nan")}, "flush_interval_s must be a number of seconds"),
         ({"retry_max_s": 1e12}, "from 0.001 to 86400"),
-        ({"compression": "zip"}, "gzip, none"),
+        ({"compression": "zip"}, "gzip, zstd, none"),
         ({"batch_evnts": 5}, "did you mean 'batch_events'"),
         ({"enabled": "yes"}, "enabled"),
         ({"durability": "disk"}, "memory, spool, journal"),

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import orjson
 import pytest
 import requests
 import responses
+import zstandard
 
-from evalvault_sdk import Settings
+from evalvault_sdk import MissingDependencyError, Settings, StageTracer
 from evalvault_sdk.delivery.batch import Batch
 from evalvault_sdk.delivery.transport import Delivered, Refused, RejectedEvent, RetryLater, TooLarge
 from evalvault_sdk.delivery.transport.http import HttpTransport, retry_after_s
@@ -63,14 +65,22 @@ def test_a_batch_is_posted_as_its_events_own_bytes(http: responses.RequestsMock)
 def test_a_large_batch_is_packed_unless_that_is_turned_off(http: responses.RequestsMock) -> None:
     large = Batch(EVENTS * 100)
     http.post(URL, json={"stored": 400, "run_id": "r", "stage_ids": []})
-    for compression in ("gzip", "none"):
+    for compression in ("gzip", "zstd", "none"):
         sender = transport(compression=compression)
         assert sender.send(large) == Delivered()
         sender.close()
-    packed, plain = (call.request for call in http.calls)
+    packed, smaller, plain = (call.request for call in http.calls)
     assert packed.headers["Content-Encoding"] == "gzip"
     assert gzip.decompress(packed.body) == large.body() == plain.body  # type: ignore[arg-type]
+    assert smaller.headers["Content-Encoding"] == "zstd"
+    assert zstandard.decompress(smaller.body) == large.body()  # type: ignore[arg-type]
     assert "Content-Encoding" not in plain.headers
+
+
+def test_a_missing_zstd_is_said_when_the_tracer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'evalvault-sdk\[zstd\]'"):
+        StageTracer("r", "http://127.0.0.1:1", compression="zstd")
 
 
 def test_a_token_is_not_replaced_by_a_netrc_entry(

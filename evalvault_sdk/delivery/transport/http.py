@@ -12,7 +12,6 @@ look like a delivery.
 from __future__ import annotations
 
 import datetime
-import gzip
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from evalvault_sdk.delivery.transport.base import (
     RetryLater,
     TooLarge,
 )
+from evalvault_sdk.delivery.transport.pack import Packer
 from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ if TYPE_CHECKING:
 EVENTS_PATH = "/api/stage/events"
 #: Where OTLP is taken (`delivery.transport.otlp`).
 TRACES_PATH = "/v1/traces"
-#: A shorter body costs more to pack than it saves.
-_MIN_GZIP_BYTES = 1024
-#: Level 1 packs JSON to a fifth at a third of the default level's cost.
-_GZIP_LEVEL = 1
 #: What is read of an answer at most: verdicts on some thousands of events fit well.
 _MAX_ANSWER_BYTES = 8 << 20
 #: What a server may ask us to wait at most, in seconds.
@@ -54,7 +50,7 @@ _ADVICE = {
     403: "the token may not write to this run: check EVALVAULT_API_TOKEN and its scope",
     404: "there is no {server} at this address: check {variable}",
     405: "there is no {server} at this address: check {variable}",
-    415: "the server does not take what we send: set EVALVAULT_COMPRESSION=none, or check {variable}",
+    415: "the server does not take what we send: set EVALVAULT_COMPRESSION=gzip or none, or check {variable}",
     407: "the proxy wants a password: check HTTPS_PROXY",
 }
 
@@ -75,6 +71,7 @@ class Poster:
         self._settings = settings
         self._url = url
         self._content_type = content_type
+        self._pack = Packer(settings.compression)
         self._session: requests.Session | None = None
 
     def post(self, body: bytes, *, timeout_s: float | None = None) -> Answer | RetryLater:
@@ -83,10 +80,8 @@ class Poster:
         load("requests", "netrc", "encodings.idna", "evalvault_sdk.delivery.transport.deadline")
         import requests
 
-        headers = {"Content-Type": self._content_type, "Accept": self._content_type}
-        if self._settings.compression == "gzip" and len(body) >= _MIN_GZIP_BYTES:
-            body = gzip.compress(body, _GZIP_LEVEL, mtime=0)  # without a time it is packed in one step
-            headers["Content-Encoding"] = "gzip"
+        body, packed = self._pack(body)
+        headers = {"Content-Type": self._content_type, "Accept": self._content_type, **packed}
         try:
             if self._session is None:
                 self._session = self._open()
