@@ -95,7 +95,7 @@ class DefaultTracer(Stages):
     """The one behind the functions of the package."""
 
     _recorder: _DefaultRecorder
-    _may_be_enabled_later = True
+    _stays_off = False
 
     def __init__(self) -> None:
         super().__init__(_DefaultRecorder())

@@ -52,6 +52,16 @@ def new_stage_id(time_ns: int | None = None) -> str:
     return stage_id_of(digits_of(time.time_ns() if time_ns is None else time_ns, new_random_bits()))
 
 
+def new_id() -> Id:
+    """Return what a new id is made of."""
+    return time.time_ns(), new_random_bits()
+
+
+def new_span_id() -> str:
+    """Return a new span id, 16 hex digits, for what is no stage."""
+    return f"{VARIANT | new_random_bits():016x}"
+
+
 def span_id_of(stage_id: str) -> str:
     """Return the 16 hex digits of the span that a stage made by `new_stage_id` is."""
     return stage_id[19:23] + stage_id[24:]

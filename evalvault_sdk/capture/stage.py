@@ -236,7 +236,7 @@ class StageContext(Scope):
             self._trace, self._opened_trace = Trace(None, None, made_of), True
         else:
             self._trace, self._opened_trace = outer._trace, False
-            if outer._recorder is self._recorder and outer._made_of is not NO_ID:
+            if outer._recorder is self._recorder and (outer._made_of is not NO_ID or outer._stage_id is None):
                 self._parent = outer._made_of
             else:
                 self._find_place(outer)

@@ -41,8 +41,8 @@ _LONGEST_MS = 1e12
 class Stages:
     """Records stages with one recorder."""
 
-    #: Whether what is decorated while nothing is recorded may have to be recorded later.
-    _may_be_enabled_later = False
+    #: Whether what is decorated while nothing is recorded need not be recorded later, either.
+    _stays_off = True
     #: Whether stages are made although nothing is recorded: for decorators that wait for that.
     _is_dormant = False
 
@@ -91,8 +91,10 @@ class Stages:
         if not given and type(stage_type) is str:
             if self._recorder.setup.enabled:
                 return StageContext(self._recorder, stage_type)
-            if not (self._is_dormant or self._may_be_enabled_later):
+            if self._stays_off:
                 return NO_STAGE
+            if not self._is_dormant:
+                return dormant(functools.partial(_Dormant(self._recorder).stage, stage_type))
         return self._stage(stage_type, **given)
 
     def _stage(
@@ -115,7 +117,7 @@ class Stages:
         """Do what `stage` says, with whatever is given."""
         recorder = self._recorder
         if not recorder.setup.enabled and not self._is_dormant:
-            if not self._may_be_enabled_later:
+            if self._stays_off:
                 return stage_type if callable(stage_type) else NO_STAGE
             made = functools.partial(
                 _Dormant(self._recorder).stage,
@@ -323,3 +325,4 @@ class _Dormant(Stages):
     """Makes the stages of decorators for a recorder that is switched off for now."""
 
     _is_dormant = True
+    _stays_off = False

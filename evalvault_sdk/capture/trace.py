@@ -16,7 +16,7 @@ from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.context import Scope, Trace, as_id, here, leave, open_scope
 from evalvault_sdk.capture.propagate import Remote, current_span, read_headers, run_hash
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.ids import NO_ID, new_stage_id, span_id_of, trace_id_of
+from evalvault_sdk.ids import NO_ID, new_id, new_span_id
 
 
 class TraceContext(Scope):
@@ -47,15 +47,16 @@ class TraceContext(Scope):
             trace_id = as_id(trace_id)
         elif remote is not None:
             trace_id = remote.trace_id
-        else:
-            trace_id = span[0] if span else trace_id_of(new_stage_id())
+        elif span is not None:
+            trace_id = span[0]
         is_ours = remote is not None and remote.run == run_hash(recorder.run_id)
-        self._trace = Trace(trace_id, _with_parent_span(metadata, None if is_ours else remote))
+        metadata = _with_parent_span(metadata, None if is_ours else remote)
+        self._trace = Trace(trace_id, metadata, new_id() if trace_id is None else NO_ID)
         self._trace.tracestate = remote.tracestate if remote else ""
         self._made_of = NO_ID
         self._stage_id = remote.stage_id if remote and is_ours else None
         # Outside of a stage there is no span; what is called from here still has to name one.
-        self._span_id = remote.span_id if remote else span[1] if span else span_id_of(new_stage_id())
+        self._span_id = remote.span_id if remote else span[1] if span else new_span_id()
 
     @property
     def trace_id(self) -> str:
