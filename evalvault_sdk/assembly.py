@@ -54,12 +54,11 @@ def _recorder(settings: Settings, outbox: Outbox, encoder: Encoder) -> Recorder:
         keep_slow_ms=settings.sample_keep_slow_ms,
     )
     console = settings.console and queue is not None
-    wants_bytes = console or sampling.rate < 1 or settings.durability == "journal"
     return Recorder(
         settings.run_id,
         Console(sink) if console else sink,
         encoder=encoder,
-        put_draft=None if queue is None or wants_bytes else queue.put,
+        put_draft=None if queue is None or console or sampling.rate < 1 else queue.put,
         sampling=sampling if sampling.rate < 1 else None,
         payload_store=settings.payload_store,
         traceback_frames=settings.traceback_frames,

@@ -21,7 +21,7 @@ import attrs
 import orjson
 
 from evalvault_sdk.capture.draft import Draft
-from evalvault_sdk.capture.finish import events_of
+from evalvault_sdk.capture.finish import Finisher
 from evalvault_sdk.capture.plain import Content, Limits, Walk
 from evalvault_sdk.capture.redact import Redactor
 from evalvault_sdk.oversize import shrink
@@ -90,8 +90,7 @@ class Encoder:
         content: Content = "all",
         mask: Mask | None = None,
     ) -> None:
-        #: The run of the drafts that are to be finished.
-        self._run_id = run_id
+        self._finisher = Finisher(run_id)
         self._limits = limits or Limits()
         self._redactor = redactor or Redactor()
         self._content = content
@@ -109,7 +108,7 @@ class Encoder:
 
     def finish(self, drafts: Sequence[Draft], counter: Counter) -> list[bytes | None]:
         """Return the events of drafts as JSON bytes; None as for `encode`."""
-        events: list[bytes | None] = [*events_of(drafts, self._run_id)]
+        events: list[bytes | None] = [*map(self._finisher.event_of, drafts)]
         for number in self._redactor.suspects([draft[-1] for draft in drafts]):
             whole = orjson.loads(events[number] or b"")
             events[number] = self._thorough(whole, _WithoutHooks(counter))

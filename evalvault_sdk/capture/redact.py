@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import orjson
@@ -192,18 +192,17 @@ class Redactor:
             or (92 in encoded and _hints_at_assignment(_QUOTED_COLONS(encoded, start)))  # a backslash
         )
 
-    def suspects(self, encoded: Sequence[bytes], first: int = 0) -> Iterator[int]:
-        """Yield the places (counted from `first`) of those that may hold one, looking at many at a time."""
+    def suspects(self, encoded: Sequence[bytes]) -> list[int]:
+        """Return the places of those that may hold one, looking at many at a time."""
         count = len(encoded)
         if count <= _FEW:
-            for number, one in enumerate(encoded, first):
-                if self.may_hold_secret(one):
-                    yield number
+            return [number for number, one in enumerate(encoded) if self.may_hold_secret(one)]
         # Joined by what no JSON has in it, and nothing that is looked for.
-        elif sum(map(len, encoded)) > _MUCH or self.may_hold_secret(b"\n".join(encoded)):
-            part = -(-count // 4)
-            for start in range(0, count, part):
-                yield from self.suspects(encoded[start : start + part], first + start)
+        if sum(map(len, encoded)) <= _MUCH and not self.may_hold_secret(b"\n".join(encoded)):
+            return []
+        part = -(-count // 4)
+        starts = range(0, count, part)
+        return [start + number for start in starts for number in self.suspects(encoded[start : start + part])]
 
     def _without_secrets(self, text: str) -> str:
         if len(text) > _LONG and not self._may_hold_secret(text):

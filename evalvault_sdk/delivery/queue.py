@@ -220,7 +220,7 @@ class EventQueue:
 
     def _append_to(self, disk: Overflow, event: Entry) -> bool:
         """Write an event to disk, finished; say whether that worked."""
-        (finished,) = self.finished([event])
+        (finished,) = [event] if isinstance(event, bytes) else self._finished([event])
         return not isinstance(finished, str) and disk.append(finished, self.account)
 
     def finished(self, entries: list[Entry]) -> list[bytes | DropReason]:
