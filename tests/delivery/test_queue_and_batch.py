@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import gc
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-from evalvault_sdk.delivery.account import Ledger
+from evalvault_sdk.delivery.account import Account, Ledger
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, QueuePolicy, Wakeup
 from tests.support import a_courier, balances, take_all
@@ -423,3 +424,94 @@ def test_what_somebody_else_takes_while_it_is_finished_is_taken_once() -> None:
     assert take_all(queue).events == (b"bb", b"cc")
     assert others == [(b"aa",)]
     assert queue.account.stats().in_flight == 3
+
+
+# --- What happens between the steps of a put, which takes no lock ---
+
+
+class Interrupted(collections.deque[Any]):
+    """Something happens right after the next append."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        super().__init__()
+        self._happens: Callable[[], object] | None = happens
+
+    def append(self, item: Any, /) -> None:
+        super().append(item)
+        happens, self._happens = self._happens, None
+        if happens is not None:
+            happens()
+
+
+class Disk:
+    """An overflow that takes everything."""
+
+    full = False
+
+    def __init__(self) -> None:
+        self.events: list[bytes] = []
+
+    def append(self, event: bytes, account: Account) -> bool:
+        self.events.append(event)
+        account._ledger.direct.append(account)
+        return True
+
+
+def test_an_event_put_while_the_queue_is_closed_is_not_forgotten_in_it() -> None:
+    queue = make_queue()
+    queue.account.waiting = Interrupted(queue.close)
+    assert not queue.put(b"x")
+    stats = queue.account.stats()
+    assert (stats.queued, stats.dropped, queue.account.waiting_bytes) == (0, {"closed": 1}, 0)
+    assert balances(stats)
+
+
+def test_an_event_put_while_the_queue_is_closed_and_emptied_was_taken() -> None:
+    queue = make_queue()
+    taken: list[Batch] = []
+
+    def happens() -> None:
+        queue.close()
+        taken.append(take_from(queue))
+
+    queue.account.waiting = Interrupted(happens)
+    assert queue.put(b"x")
+    stats = queue.account.stats()
+    assert (taken[0].events, stats.in_flight, stats.dropped) == ((b"x",), 1, {})
+    assert balances(stats)
+
+
+def test_an_event_put_while_a_journal_begins_is_on_disk_when_the_put_returns() -> None:
+    queue, disk = make_queue(), Disk()
+    queue.account.waiting = Interrupted(lambda: queue.begin_journal(disk))
+    assert queue.put(b"x")
+    stats = queue.account.stats()
+    assert (disk.events, stats.queued, stats.spooled, queue.account.waiting_bytes) == ([b"x"], 0, 1, 0)
+    assert balances(stats)
+
+
+def test_many_threads_and_a_taker_leave_the_account_of_bytes_right() -> None:
+    queue = make_queue(max_events=10**7, max_bytes=10**9)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=lambda: [queue.put(b"x" * 100) for _ in range(5000)]) for _ in range(8)]
+    taken = 0
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            batch = take_from(queue)
+            taken += len(batch)
+            for share in batch.shares:
+                queue.account.settle(share, 0)
+            queue.account.lent = queue.account.lent_bytes = 0
+            waiting = queue.account.waiting_bytes
+            assert -800 <= waiting <= 100 * 8 * 5000
+    finally:
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    taken += len(take_from(queue, max_events=10**6))
+    assert taken == 8 * 5000
+    assert queue.account.waiting_bytes == 0
+    assert balances(queue.account.stats())
