@@ -18,8 +18,9 @@ from typing import Any
 
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.context import Scope, add_finder, here, remove_finder
+from evalvault_sdk.capture.given import Given
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import Given, StageContext
+from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stages import Stages
 
 #: So many that have ended are known still: what they began may go on, a stream that is read later for example.

@@ -11,17 +11,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evalvault_sdk.capture import clock, context
-from evalvault_sdk.capture.call import CallCapture
 from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, leave, open_scope, place
 from evalvault_sdk.capture.draft import Draft, fields_of
+from evalvault_sdk.capture.given import NOTHING_GIVEN, Given, as_object, as_reference
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import cancellation, describe_error
 from evalvault_sdk.ids import NO_ID, Id, digits_of, new_random_bits, stage_id_of
-from evalvault_sdk.late import load
 
 if TYPE_CHECKING:
     from evalvault_sdk.events import StagePayloadRef
@@ -29,25 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _modules = sys.modules
-
-
-class Given(NamedTuple):
-    """What a stage is made with, besides its type. See `StageTracer.stage`."""
-
-    stage_name: str | None = None
-    parent: Scope | None = None
-    parent_stage_id: str | None = None
-    trace_id: str | None = None
-    attempt: int = 1
-    attributes: Mapping[str, Any] | None = None
-    metadata: Mapping[str, Any] | None = None
-    input_ref: StagePayloadRef | Mapping[str, str] | None = None
-    output_ref: StagePayloadRef | Mapping[str, str] | None = None
-    call: CallCapture | None = None
-
-
-#: Most stages are made with their type alone.
-_NOTHING_GIVEN = Given()
 
 
 class StageContext(Scope):
@@ -97,7 +77,7 @@ class StageContext(Scope):
     #: Whether it is given where the stage belongs.
     _is_placed: bool
 
-    def __init__(self, recorder: Recorder, stage_type: str | None, given: Given = _NOTHING_GIVEN) -> None:
+    def __init__(self, recorder: Recorder, stage_type: str | None, given: Given = NOTHING_GIVEN) -> None:
         self._recorder = recorder
         self.stage_type = "stage" if stage_type is None else stage_type
         self._given_type, self._given = stage_type, given
@@ -107,7 +87,7 @@ class StageContext(Scope):
         self._open = False
         self._is_own = True
         self.status = "success"
-        if given is _NOTHING_GIVEN:
+        if given is NOTHING_GIVEN:
             self.stage_name = self._attributes = self._metadata = self.input_ref = self.output_ref = None
             self.attempt = 1
             self._is_placed = False
@@ -328,8 +308,7 @@ class StageContext(Scope):
 
     def _start_over(self) -> None:
         """Forget what the last time in this block set."""
-        given = self._given
-        self._take(given._replace(attributes=_snapshot(given.attributes), metadata=_snapshot(given.metadata)))
+        self._take(self._given.again())
         self._stage_id = self._span_id = None
         self._parent = NO_ID
         self.status = "success"
@@ -340,9 +319,7 @@ class StageContext(Scope):
 
     def _entry(self, stage_type: str | None, given: Given) -> StageContext:
         """Return a stage for one entering of this one, made with what that was given, or with more."""
-        if given.attributes is not None or given.metadata is not None:
-            given = given._replace(attributes=_snapshot(given.attributes), metadata=_snapshot(given.metadata))
-        again = StageContext(self._recorder, stage_type, given)
+        again = StageContext(self._recorder, stage_type, given.again())
         again._made_from = self._template
         return again
 
@@ -401,30 +378,3 @@ class StageContext(Scope):
         if self.output_ref is not None:
             fields["output_ref"] = as_reference(self.output_ref)
         return fields
-
-
-def as_object(value: Any) -> dict[str, Any]:
-    """Return attributes or metadata as the JSON object that the contract asks for, whatever was assigned."""
-    if type(value) is dict:
-        return value
-    if value is None:
-        return {}
-    try:
-        return dict(value) if isinstance(value, Mapping) else {"value": value}
-    except Exception:  # noqa: BLE001 - a mapping of a user's own making
-        return {"value": value}
-
-
-def as_reference(value: StagePayloadRef | Mapping[str, str]) -> Any:
-    """Return a payload reference as its JSON object; what is none is left for the server to refuse by name."""
-    load("evalvault_sdk.events")  # nothing to do, where there is a tracer
-    from evalvault_sdk.events import StagePayloadRef
-
-    return value.to_dict() if isinstance(value, StagePayloadRef) else value
-
-
-def _snapshot(given: Any) -> Any:
-    """Return a copy whose lists and dicts are not those that were given: calls must not see each other's appends."""
-    if type(given) is not dict:
-        return given
-    return {key: value.copy() if type(value) in (dict, list) else value for key, value in given.items()}

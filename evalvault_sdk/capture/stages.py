@@ -18,10 +18,11 @@ from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
 from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, place
 from evalvault_sdk.capture.draft import iso_time
+from evalvault_sdk.capture.given import Given, as_object, as_reference
 from evalvault_sdk.capture.nostage import NO_STAGE, dormant
 from evalvault_sdk.capture.propagate import current_span
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import Given, StageContext, as_object, as_reference
+from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.trace import TraceContext
 from evalvault_sdk.errors import InvalidStageEventError
 from evalvault_sdk.ids import new_stage_id, span_id_of, trace_id_of

@@ -8,8 +8,9 @@ import pytest
 
 from evalvault_sdk import StageTracer
 from evalvault_sdk.capture.console import Console
+from evalvault_sdk.capture.given import Given
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import Given, StageContext
+from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.testing import CapturingTransport
 from tests.support import ListSink, clean_environment
 

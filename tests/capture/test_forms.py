@@ -33,8 +33,9 @@ import pytest
 
 import evalvault_sdk
 from evalvault_sdk import current_stage
+from evalvault_sdk.capture.given import Given
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import Given, StageContext
+from evalvault_sdk.capture.stage import StageContext
 from tests.support import ListSink
 
 PACKAGE = str(Path(evalvault_sdk.__file__).parent)

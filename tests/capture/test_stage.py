@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from evalvault_sdk import StageEvent, StagePayloadRef, current_stage
+from evalvault_sdk.capture.given import Given
 from evalvault_sdk.capture.recorder import Recorder
-from evalvault_sdk.capture.stage import Given, StageContext
+from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.log import Rarely
 from tests.support import ListSink
