@@ -116,7 +116,7 @@ def _rate(store: Callable[[Sequence[Row]], None], rows: Sequence[Row], batch: in
 
 def rows(count: int, run_id: str) -> list[Row]:
     """Return the rows of new events."""
-    return [row_of(StageEvent.from_dict(orjson.loads(event))) for event in recorded(count, run_id)]
+    return [tuple(row_of(StageEvent.from_dict(orjson.loads(event)))) for event in recorded(count, run_id)]
 
 
 def fill(address: str, count: int) -> None:

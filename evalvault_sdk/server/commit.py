@@ -19,9 +19,8 @@ from concurrent.futures import Future
 import attrs
 
 from evalvault_sdk.errors import StoreError
-from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server.answers import come_again, logger
-from evalvault_sdk.server.store.base import Store
+from evalvault_sdk.server.store.base import Incoming, Store
 
 #: Events stored in one transaction; one request may have more.
 _GROUP_EVENTS = 10_000
@@ -36,7 +35,7 @@ Refused = Mapping[int, str]
 
 @attrs.frozen
 class _Waiting:
-    events: Sequence[StageEvent]
+    events: Sequence[Incoming]
     done: Future[Refused]
 
 
@@ -70,7 +69,7 @@ class GroupCommit:
         #: Events that wait, or are being stored.
         self.waiting_events = 0
 
-    def submit(self, events: Sequence[StageEvent]) -> Future[Refused]:
+    def submit(self, events: Sequence[Incoming]) -> Future[Refused]:
         """
         Have `events` stored; the future fails with `StoreError` if not all of them are known to be.
 

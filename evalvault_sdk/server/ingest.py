@@ -23,6 +23,7 @@ from evalvault_sdk.events import StageEvent, run_id_problem
 from evalvault_sdk.jsontext import read_json
 from evalvault_sdk.server.answers import ApiError, too_large
 from evalvault_sdk.server.settings import ServerSettings
+from evalvault_sdk.server.store.base import Incoming, Store
 
 #: Levels of nesting in an event; orjson writes 254, and our own client 32.
 _MAX_DEPTH = 128
@@ -49,11 +50,15 @@ _SHORT = min(_MAX_LENGTHS.values())
 class Submission:
     """What a body holds, judged event by event."""
 
-    events: Sequence[StageEvent]
+    events: Sequence[Incoming]
     #: Where each of `events` stood in the body.
     places: Sequence[int]
     #: `{"index", "stage_id", "error", "details"}` of each event that is refused.
     rejected: Sequence[Mapping[str, Any]]
+
+    def prepared(self, store: Store) -> Submission:
+        """Return the same with its events as `store` takes them with least work."""
+        return attrs.evolve(self, events=[store.prepared(event) for event in self.events])
 
     def without(self, refused: Mapping[int, str]) -> Submission:
         """Return what is left after the store has refused some of `events`, by their index."""

@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import ssl
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,6 +45,9 @@ _MAX_HEAD_BYTES = 64 << 10
 _BACKLOG = 2048
 #: Objects that are made before Python looks for cycles among them; a request of 512 events is some thousand.
 _COLLECT_EVERY = 50_000
+#: Seconds that a thread may keep the interpreter while others wait for it, a tenth of Python's own: whoever stores
+#: needs it for a moment only, between two statements that the database works on for some milliseconds.
+_SWITCH_S = 0.0005
 
 
 def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
@@ -71,7 +75,7 @@ def run(settings: ServerSettings, *, on_ready: Callable[[str], None] = lambda ur
         settings = attrs.evolve(settings, port=port)
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
         if app is not None:
-            _collect_less()
+            _tune_interpreter()
             # Else a page elsewhere, whose name is made to mean this machine, could ask as if it were from here.
             app.state.evalvault.local_only = Guard.of(settings).is_open and not settings.insecure
             on_ready(url)
@@ -104,12 +108,13 @@ def create_worker_app() -> Any:
     set_up_logging(settings.log_format)
     forget_dead_processes()
     app = create_app(settings=settings)
-    _collect_less()
+    _tune_interpreter()
     return app
 
 
-def _collect_less() -> None:
-    """Have Python look for cycles less often, and not among what the program is made of: events form none."""
+def _tune_interpreter() -> None:
+    """Have threads take turns more often, and Python look for cycles less often: events form none."""
+    sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_EVERY, 20, 50)

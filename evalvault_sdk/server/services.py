@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -17,7 +18,7 @@ from anyio import CapacityLimiter, to_thread
 from evalvault_sdk.errors import StoreError
 from evalvault_sdk.server.answers import ApiError, come_again
 from evalvault_sdk.server.body import Body, BodyBudget
-from evalvault_sdk.server.commit import GroupCommit
+from evalvault_sdk.server.commit import GroupCommit, Refused
 from evalvault_sdk.server.criteria import Criteria
 from evalvault_sdk.server.ingest import Submission
 from evalvault_sdk.server.limiter import RateLimiter
@@ -29,8 +30,8 @@ from evalvault_sdk.server.settings import ServerSettings
 from evalvault_sdk.server.store.base import Store
 from evalvault_sdk.server.telemetry import Telemetry
 
-#: Bodies parsed at once: each may cost some hundred megabytes.
-_PARSERS = 4
+#: Bodies parsed at once: each may cost some hundred megabytes, and has the interpreter to itself nearly all the time.
+_PARSERS = 1
 #: Looks whether the store can be reached at once, and seconds that one may take: who asks needs no token.
 _CHECKERS = 2
 _CHECK_TIMEOUT_S = 5.0
@@ -109,7 +110,7 @@ class Services:
         if self._parsers is None:
             self._parsers = CapacityLimiter(_PARSERS)
 
-        def parse() -> Submission:
+        def parse() -> tuple[Submission, Future[Refused] | None]:
             submission = read(body.unpack())
             foreign = {
                 index: f"this token is for runs whose id begins with {access.scope}"
@@ -118,11 +119,12 @@ class Services:
             }
             if foreign and len(foreign) == len(submission.events):
                 access.check_run(submission.events[0].run_id)  # raises: nothing here is the sender's
-            return submission.without(foreign)
+            submission = submission.without(foreign).prepared(self.store)
+            return submission, self.commit.submit(submission.events) if submission.events else None
 
-        submission = await to_thread.run_sync(parse, limiter=self._parsers)
-        if submission.events:
-            stored = asyncio.wrap_future(self.commit.submit(submission.events))
+        submission, storing = await to_thread.run_sync(parse, limiter=self._parsers)
+        if storing is not None:
+            stored = asyncio.wrap_future(storing)
             body.count_until(stored)  # it goes on when the client does not wait for it
             done, _ = await asyncio.wait([stored], timeout=self.settings.store_timeout_s)
             if not done:

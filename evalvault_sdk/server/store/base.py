@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import attrs
 
@@ -158,6 +158,10 @@ class Snapshot(Protocol):
         """Yield the metrics that are stored for a run, in the order in which they were stored."""
 
 
+#: An event on its way into a store: a `StageEvent`, or what the store has made of it; with its ids in either case.
+Incoming: TypeAlias = Any
+
+
 class Store(Protocol):
     """Where events are kept."""
 
@@ -166,9 +170,16 @@ class Store(Protocol):
     #: How many threads may usefully `save` at once.
     writers: int
 
-    def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
+    def prepared(self, event: StageEvent) -> Incoming:
         """
-        Store `events`, each replacing what has its run and stage id. When it returns, they are durable.
+        Return `event` as `save` takes it with least work: what needs no database is done by the caller.
+
+        Few threads save, and what they can do is what a server can take in.
+        """
+
+    def save(self, events: Sequence[Incoming]) -> Mapping[int, str]:
+        """
+        Store `events`, prepared or not, each replacing what has its run and stage id. When it returns, all is durable.
 
         Returns, by index, why single events were refused, if the database itself has rules that they break;
         all others are stored. When it raises, not all are: storing them again is right, and does no harm.

@@ -126,6 +126,10 @@ class MemoryStore:
         self._metrics: dict[_MetricKey, StageMetric] = {}
         self._last_place = 0
 
+    def prepared(self, event: StageEvent) -> StageEvent:
+        """Return `event`, which is kept as it is; see `Store.prepared`."""
+        return event
+
     def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
         """Keep `events`; see `Store.save`."""
         with self._lock:

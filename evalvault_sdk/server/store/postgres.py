@@ -29,7 +29,8 @@ from typing import Any
 
 from evalvault_sdk.errors import ConfigurationError, MissingDependencyError, StoreError
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.store.rows import COLUMNS, row_of
+from evalvault_sdk.server.store.base import Incoming
+from evalvault_sdk.server.store.rows import COLUMNS, EventRow, row_of
 from evalvault_sdk.server.store.sql_snapshot import Dialect, SqlSnapshot, load_sql
 from evalvault_sdk.server.store.sql_store import SqlStore, Writing
 
@@ -84,10 +85,7 @@ AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 #: Rows that come over at a time: each may have a million characters.
 _FETCH = 100
 _NO_RUN = str(uuid.UUID(int=0))
-_STARTED_AT, _FINISHED_AT = COLUMNS.index("started_at"), COLUMNS.index("finished_at")
-_FIRST_JSON, _LAST_JSON = COLUMNS.index("input_ref"), COLUMNS.index("metadata") + 1
-_JSON_COLUMNS = set(COLUMNS[_FIRST_JSON:_LAST_JSON])
-_TEXT_COLUMNS = _JSON_COLUMNS | {"run_id", "started_at", "finished_at"}
+_TEXT_COLUMNS = {"run_id", "started_at", "finished_at", "input_ref", "output_ref", "attributes", "metadata"}
 _PARAMETER = re.compile(r"(?<![:\w]):([a-z_]\w*)")
 #: What stands before a host in a URL, if every character that means something there is escaped.
 _URL = re.compile(r"postgres(?:ql)?://(?:[^:@/?#\s]*(?::[^:@/?#\s]*)?@)?[^@\s]*")
@@ -159,21 +157,27 @@ class PostgresStore(SqlStore):
                 name="evalvault-sdk",
             )
 
-    def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
+    def prepared(self, event: StageEvent) -> StageEvent | EventRow:
+        """Return the row of `event`, if it can be one; see `Store.prepared`."""
+        try:
+            return _row_of(event, self._run(event.run_id))
+        except OverflowError:
+            return event  # which `save` refuses
+
+    def save(self, events: Sequence[Incoming]) -> Mapping[int, str]:
         """Store `events` in one transaction; see `Store.save`."""
         refused: dict[int, str] = {}
         rows: dict[tuple[str, str], _Numbered] = {}
         for index, event in enumerate(events):
-            try:
-                row = _row_of(event, self._run(event.run_id))
-            except OverflowError:
+            row = event if isinstance(event, EventRow) else self.prepared(event)
+            if not isinstance(row, EventRow):
                 refused[index] = "started_at and finished_at must be in the years 1 to 9999, in UTC"
                 continue
-            if self._json_type == "jsonb" and any(map(_NUL.search, filter(None, row[_FIRST_JSON:_LAST_JSON]))):
+            if self._json_type == "jsonb" and _holds_nul(row):
                 refused[index] = "attributes and metadata must hold no NUL character: EvalVault's database takes none"
                 continue
             # One statement cannot replace a row twice: the last of equals wins, in the place of the first.
-            rows.setdefault((row[0], event.stage_id), []).append((index, row))
+            rows.setdefault((row.run_id, row.stage_id), []).append((index, row))
         numbered = list(rows.values())
         with self._errors(), self._pool.connection() as connection:
             if self._runs_are_uuids:
@@ -369,14 +373,22 @@ def _begin(connection: _Connection, words: str) -> None:
     connection.execute(f"{words} {timeouts}")
 
 
-def _row_of(event: StageEvent, run_id: str) -> tuple[Any, ...]:
+def _row_of(event: StageEvent, run_id: str) -> EventRow:
     """Return an event's columns, its times in UTC: PostgreSQL knows no offset of a day, Python does."""
-    row = list(row_of(event))
-    row[0] = run_id
-    for place, moment in ((_STARTED_AT, event.started_at), (_FINISHED_AT, event.finished_at)):
-        if moment is not None and moment.tzinfo is not timezone.utc:
-            row[place] = moment.astimezone(timezone.utc).isoformat()  # at the ends of the calendar: OverflowError
-    return tuple(row)
+    row = row_of(event)
+    if run_id != row.run_id:
+        row = row._replace(run_id=run_id)
+    # At the ends of the calendar: OverflowError.
+    if event.started_at is not None and event.started_at.tzinfo is not timezone.utc:
+        row = row._replace(started_at=event.started_at.astimezone(timezone.utc).isoformat())
+    if event.finished_at is not None and event.finished_at.tzinfo is not timezone.utc:
+        row = row._replace(finished_at=event.finished_at.astimezone(timezone.utc).isoformat())
+    return row
+
+
+def _holds_nul(row: EventRow) -> bool:
+    texts = (row.input_ref, row.output_ref, row.attributes, row.metadata)
+    return any(_NUL.search(text) for text in texts if text)
 
 
 def _as_uuid(text: str) -> uuid.UUID | None:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -21,25 +21,29 @@ from evalvault_sdk.events import StageEvent, parse_time
 from evalvault_sdk.jsontext import as_integer
 from evalvault_sdk.server.metrics import Measured, MeasuredStage, StageMetric
 
-#: EvalVault's columns of `stage_events`, but for the number that the database gives.
-COLUMNS = (
-    "run_id",
-    "stage_id",
-    "parent_stage_id",
-    "stage_type",
-    "stage_name",
-    "status",
-    "attempt",
-    "started_at",
-    "finished_at",
-    "duration_ms",
-    "input_ref",
-    "output_ref",
-    "attributes",
-    "metadata",
-    "trace_id",
-    "span_id",
-)
+
+class EventRow(NamedTuple):
+    """EvalVault's columns of `stage_events`, but for the number that the database gives."""
+
+    run_id: str
+    stage_id: str
+    parent_stage_id: str | None
+    stage_type: str
+    stage_name: str | None
+    status: str
+    attempt: int
+    started_at: str | None
+    finished_at: str | None
+    duration_ms: float | None
+    input_ref: str | None
+    output_ref: str | None
+    attributes: str
+    metadata: str
+    trace_id: str | None
+    span_id: str | None
+
+
+COLUMNS = EventRow._fields
 #: What metrics are computed from, and the times, which tell a duration that is missing.
 MEASURED_COLUMNS = (
     "run_id",
@@ -68,9 +72,9 @@ def _iso(moment: datetime) -> str:
     return moment.isoformat()
 
 
-def row_of(event: StageEvent) -> tuple[Any, ...]:
+def row_of(event: StageEvent) -> EventRow:
     """Return an event's columns."""
-    return (
+    return EventRow(
         event.run_id,
         event.stage_id,
         event.parent_stage_id,

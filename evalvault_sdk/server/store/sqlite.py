@@ -23,7 +23,8 @@ from typing import Any
 
 from evalvault_sdk.errors import StoreError
 from evalvault_sdk.events import StageEvent
-from evalvault_sdk.server.store.rows import COLUMNS, row_of
+from evalvault_sdk.server.store.base import Incoming
+from evalvault_sdk.server.store.rows import COLUMNS, EventRow, row_of
 from evalvault_sdk.server.store.sql_snapshot import Dialect, SqlSnapshot, load_sql
 from evalvault_sdk.server.store.sql_store import SqlStore, Writing
 
@@ -92,9 +93,13 @@ class SQLiteStore(SqlStore):
                 self._writer.close()
                 raise
 
-    def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
+    def prepared(self, event: StageEvent) -> EventRow:
+        """Return the row of `event`; see `Store.prepared`."""
+        return row_of(event)
+
+    def save(self, events: Sequence[Incoming]) -> Mapping[int, str]:
         """Store all `events` in one transaction; see `Store.save`."""
-        rows = [row_of(event) for event in events]
+        rows = [event if isinstance(event, EventRow) else row_of(event) for event in events]
         start = 0
         with self._transaction() as writer:
             # Each statement lets go of the interpreter, and has to wait for it again: so few of them, of many rows.
