@@ -69,15 +69,16 @@ class GroupCommit:
         #: Events that wait, or are being stored.
         self.waiting_events = 0
 
-    def submit(self, events: Sequence[Incoming]) -> Future[Refused]:
+    def submit(self, events: Sequence[Incoming], *, continued: bool = False) -> Future[Refused]:
         """
         Have `events` stored; the future fails with `StoreError` if not all of them are known to be.
 
-        Raises `ApiError` when too many wait already.
+        Raises `ApiError` when too many wait already, unless these are `continued`: more of a body that was begun.
         """
         waiting = _Waiting(events, Future())
         with self._changed:
-            if self._closed or (self.waiting_events and self.waiting_events + len(events) > _MAX_WAITING_EVENTS):
+            room = continued or not self.waiting_events or self.waiting_events + len(events) <= _MAX_WAITING_EVENTS
+            if self._closed or not room:
                 raise come_again(
                     "Overloaded", "too many events wait to be stored; try again later", reason="overloaded"
                 )

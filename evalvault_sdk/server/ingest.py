@@ -2,7 +2,7 @@
 Turn a request body into valid events and verdicts.
 
 In:   the bytes of a body, unpacked: JSON, or one event a line (NDJSON, JSONL).
-Out:  a `Submission`: the events to store, and for each refused one its index and the reason.
+Out:  a `Submission`, or several of a large body: events to store, and for each refused one its index and the reason.
 Pure, and blocking for the time of parsing: the routes call it in a thread. Sizes are bounded before
 anything is parsed. One bad event never costs its neighbours.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +29,8 @@ from evalvault_sdk.server.store.base import Incoming, Store
 _MAX_DEPTH = 128
 #: Values for each object or list that is allowed: a text of one letter is four bytes on the wire, and fifty parsed.
 _VALUES_FACTOR = 4
+#: Events that are judged at a time: to store so many takes about as long.
+_PART = 2_048
 #: Blank lines that may come with each event that is allowed.
 _BLANK_FACTOR = 16
 _LINE = re.compile(rb"[^\r\n]+")
@@ -48,13 +50,23 @@ _SHORT = min(_MAX_LENGTHS.values())
 
 @attrs.frozen(kw_only=True)
 class Submission:
-    """What a body holds, judged event by event."""
+    """What a body, or a part of one, holds, judged event by event."""
 
     events: Sequence[Incoming]
     #: Where each of `events` stood in the body.
     places: Sequence[int]
     #: `{"index", "stage_id", "error", "details"}` of each event that is refused.
     rejected: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Submission]) -> Submission:
+        """Return the whole of some parts."""
+        several = list(parts)
+        return cls(
+            events=[event for part in several for event in part.events],
+            places=[place for part in several for place in part.places],
+            rejected=[entry for part in several for entry in part.rejected],
+        )
 
     def prepared(self, store: Store) -> Submission:
         """Return the same with its events as `store` takes them with least work."""
@@ -93,13 +105,20 @@ class Submission:
         return 200, body
 
 
-def read_submission(body: bytes, *, lines: bool, settings: ServerSettings) -> Submission:
-    """Parse and judge a body: one event a line, or JSON. Raises `ApiError` when there is nothing in it to judge."""
+def read_submissions(body: bytes, *, lines: bool, settings: ServerSettings) -> Iterator[Submission]:
+    """
+    Parse a body, one event a line or JSON, and judge it part by part: while one is judged, others can be stored.
+
+    Raises `ApiError` with the first when there is nothing in it to judge.
+    """
     check_containers(body, settings)
     if lines:
-        return _read_lines(body, settings)
+        yield _read_lines(body, settings)
+        return
     value, odd = parse_json(body)
-    return judge(_events_in(value, settings), odd=odd)
+    events = _events_in(value, settings)
+    for start in range(0, len(events), _PART):
+        yield judge(events[start : start + _PART], first=start, odd=odd)
 
 
 def check_containers(body: bytes, settings: ServerSettings) -> None:
@@ -180,12 +199,12 @@ def _events_in(value: Any, settings: ServerSettings) -> list[Any]:
     return events
 
 
-def judge(payloads: Sequence[Any], *, odd: bool = False) -> Submission:
-    """Return the verdict on each of `payloads`; `odd` is what `parse_json` said of them."""
+def judge(payloads: Sequence[Any], *, first: int = 0, odd: bool = False) -> Submission:
+    """Return the verdict on each of `payloads`, the `first` at this index; `odd` is what `parse_json` said of them."""
     events: list[StageEvent] = []
     places: list[int] = []
     rejected: list[dict[str, Any]] = []
-    for index, payload in enumerate(payloads):
+    for index, payload in enumerate(payloads, start=first):
         try:
             if odd:
                 _check_storable(payload, "event")

@@ -43,8 +43,8 @@ _HEAD_TIMEOUT_S = 30.0
 _MAX_HEAD_BYTES = 64 << 10
 #: Connections that wait to be accepted.
 _BACKLOG = 2048
-#: Objects that are made before Python looks for cycles among them; a request of 512 events is some thousand.
-_COLLECT_EVERY = 50_000
+#: Objects that are made before Python looks for cycles among them; a request of 8,192 events is sixty thousand.
+_COLLECT_EVERY = 200_000
 #: Seconds that a thread may keep the interpreter while others wait for it, a tenth of Python's own: whoever stores
 #: needs it for a moment only, between two statements that the database works on for some milliseconds.
 _SWITCH_S = 0.0005

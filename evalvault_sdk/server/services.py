@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
@@ -100,7 +100,7 @@ class Services:
         access.check(write=write)
         return access
 
-    async def take(self, body: Body, access: Access, read: Callable[[bytes], Submission]) -> Submission:
+    async def take(self, body: Body, access: Access, read: Callable[[bytes], Iterable[Submission]]) -> Submission:
         """
         Unpack a body, `read` and judge what is in it, and store what is good of it.
 
@@ -109,29 +109,40 @@ class Services:
         """
         if self._parsers is None:
             self._parsers = CapacityLimiter(_PARSERS)
+        parts: list[Submission] = []
+        storing: list[Future[Refused]] = []
 
-        def parse() -> tuple[Submission, Future[Refused] | None]:
-            submission = read(body.unpack())
-            foreign = {
-                index: f"this token is for runs whose id begins with {access.scope}"
-                for index, event in enumerate(submission.events)
-                if not access.covers(event.run_id)
-            }
-            if foreign and len(foreign) == len(submission.events):
-                access.check_run(submission.events[0].run_id)  # raises: nothing here is the sender's
-            submission = submission.without(foreign).prepared(self.store)
-            return submission, self.commit.submit(submission.events) if submission.events else None
+        def submit() -> None:
+            found = read(body.unpack())
+            if self.store.writers > 1:  # then a part could overtake the one before it
+                found = [Submission.joined(found)]
+            not_the_senders: str | None = None
+            for part in found:
+                foreign = {
+                    index: f"this token is for runs whose id begins with {access.scope}"
+                    for index, event in enumerate(part.events)
+                    if not access.covers(event.run_id)
+                }
+                for index in foreign:
+                    not_the_senders = not_the_senders or part.events[index].run_id
+                part = part.without(foreign).prepared(self.store)
+                if part.events:
+                    storing.append(self.commit.submit(part.events, continued=bool(storing)))
+                parts.append(part)
+            if not storing and not_the_senders is not None:
+                access.check_run(not_the_senders)  # raises
 
-        submission, storing = await to_thread.run_sync(parse, limiter=self._parsers)
-        if storing is not None:
-            stored = asyncio.wrap_future(storing)
-            body.count_until(stored)  # it goes on when the client does not wait for it
-            done, _ = await asyncio.wait([stored], timeout=self.settings.store_timeout_s)
-            if not done:
-                raise come_again(
-                    "Database slow", "storing takes too long; send the same again later", reason="database"
-                )
-            submission = submission.without(stored.result())
+        try:
+            await to_thread.run_sync(submit, limiter=self._parsers)
+        finally:
+            # What was submitted goes on, when the client does not wait for it, and when what came after it failed.
+            stored = asyncio.gather(*map(asyncio.wrap_future, storing), return_exceptions=True)
+            body.count_until(stored)
+        done, _ = await asyncio.wait([stored], timeout=self.settings.store_timeout_s)
+        if not done:
+            raise come_again("Database slow", "storing takes too long; send the same again later", reason="database")
+        refused = iter([_answer_of(verdict) for verdict in stored.result()])
+        submission = Submission.joined(part.without(next(refused)) if part.events else part for part in parts)
         self.telemetry.events.labels("stored").inc(len(submission.events))
         self.telemetry.events.labels("rejected").inc(len(submission.rejected))
         return submission
@@ -153,6 +164,12 @@ class Services:
             await asyncio.wait_for(check, _CHECK_TIMEOUT_S)
         except asyncio.TimeoutError:
             raise StoreError(f"the database {self.store.address} does not answer") from None
+
+
+def _answer_of(verdict: Refused | BaseException) -> Refused:
+    if isinstance(verdict, BaseException):
+        raise verdict
+    return verdict
 
 
 def _means_this_machine(host: str) -> bool:

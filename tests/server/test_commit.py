@@ -14,7 +14,7 @@ import pytest
 
 from evalvault_sdk import StageEvent
 from evalvault_sdk.errors import StoreError
-from evalvault_sdk.server import commit, create_app
+from evalvault_sdk.server import commit, create_app, ingest
 from evalvault_sdk.server.answers import ApiError
 from evalvault_sdk.server.commit import GroupCommit
 from evalvault_sdk.server.store import MemoryStore, SQLiteStore
@@ -234,6 +234,69 @@ def test_a_store_that_takes_too_long_is_503_with_a_time_to_come_again_and_stores
     store.open.set()
     app.state.evalvault.close()
     assert now(store).count("r") == 1
+
+
+@pytest.mark.parametrize("writers", [1, 4])
+def test_a_large_body_is_stored_in_parts_and_answered_as_one(monkeypatch: pytest.MonkeyPatch, writers: int) -> None:
+    monkeypatch.setattr(ingest, "_PART", 10)
+    store = Gate(writers)
+    store.open.set()
+    app = create_app(store=store)
+    events = [stage("r", n) for n in range(35)]
+    events[3] = events[17] = {"run_id": "r"}
+    events[34] = stage("r", 0, status="last")
+    status, answer = asyncio.run(ask_app(app, {"events": events}))
+    app.state.evalvault.close()
+    assert (status, answer["stored"]) == (207, 33)
+    good = [n for n in range(34) if n not in (3, 17)]
+    assert answer["stage_ids"] == [*(f"s{n}" for n in good), "s0"]
+    assert [entry["index"] for entry in answer["rejected"]] == [3, 17]
+    stored = [stored.event for stored in now(store).events("r")]
+    assert [event.stage_id for event in stored] == [f"s{n}" for n in good]
+    assert stored[0].status == "last", "a part overtook the one before it"
+
+
+def test_a_body_of_which_a_part_cannot_be_stored_is_to_come_again_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Gate):
+        def save(self, events: Sequence[StageEvent]) -> Mapping[int, str]:
+            if events[0].stage_id == "s10" and not self.groups[1:]:
+                self.groups.append([])
+                raise StoreError("locked")
+            return super().save(events)
+
+    monkeypatch.setattr(ingest, "_PART", 10)
+    monkeypatch.setattr(commit, "_GROUP_EVENTS", 10)
+    store = Failing()
+    store.open.set()
+    app = create_app(store=store)
+    body = {"events": [stage("r", n) for n in range(35)]}
+    assert asyncio.run(ask_app(app, body))[0] == 503
+    assert asyncio.run(ask_app(app, body))[0] == 200
+    app.state.evalvault.close()
+    assert now(store).count("r") == 35
+
+
+def test_a_body_that_was_begun_finds_room_to_its_end_and_the_next_one_is_put_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ingest, "_PART", 10)
+    monkeypatch.setattr(commit, "_MAX_WAITING_EVENTS", 25)
+    store = Gate()
+    app = create_app(store=store)
+    group = app.state.evalvault.commit
+
+    async def send() -> None:
+        sending = asyncio.create_task(ask_app(app, {"events": [stage("r", n) for n in range(35)]}))
+        while group.waiting_events < 35:
+            await asyncio.sleep(0.01)
+        status, answer = await ask_app(app, stage("r", 99))
+        assert (status, answer["error"]) == (503, "Overloaded")
+        store.open.set()
+        assert (await sending)[0] == 200
+
+    asyncio.run(send())
+    app.state.evalvault.close()
+    assert now(store).count("r") == 35
 
 
 def test_no_thread_is_left_of_many_apps(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request, Response
 
 from evalvault_sdk.server import openapi
 from evalvault_sdk.server.answers import ApiError
-from evalvault_sdk.server.ingest import Submission, read_submission
+from evalvault_sdk.server.ingest import Submission, read_submissions
 from evalvault_sdk.server.routes.base import access_of, content_type, create_router, json_response
 from evalvault_sdk.server.routes.otlp import take_spans
 from evalvault_sdk.server.routes.write import LINES
@@ -36,7 +36,7 @@ def create_routes(services: Services) -> APIRouter:
         if content_type(request) not in LINES:
             raise ApiError(415, "Unsupported content type", "Content-Type must be application/jsonl")
         async with services.bodies.receive(request) as body:
-            read = partial(read_submission, lines=True, settings=services.settings)
+            read = partial(read_submissions, lines=True, settings=services.settings)
             submission = await services.take(body, access_of(request), read)
         _check_any(submission)
         return _ok(submission, "stored stage events", run_id=submission.events[0].run_id)

@@ -7,6 +7,8 @@ Out:  its spans as stage events; answers and errors as the specification has the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fastapi import APIRouter, Request, Response
 
 from evalvault_sdk.errors import InvalidStageEventError
@@ -56,7 +58,7 @@ async def take_spans(services: Services, request: Request, *, protobuf: bool) ->
     """Store the spans in a request's body. Raises `ApiError` and `StoreError`."""
     run_id = request.headers.get(RUN_ID_HEADER)
 
-    def read(body: bytes) -> Submission:
+    def read(body: bytes) -> Iterator[Submission]:
         batch = read_spans(body, protobuf=protobuf, settings=services.settings)
         refused = {span.index for span in batch.rejected}
         places = (index for index in range(len(batch.spans) + len(refused)) if index not in refused)
@@ -72,7 +74,7 @@ async def take_spans(services: Services, request: Request, *, protobuf: bool) ->
             else:
                 events.append(event)
                 kept.append(index)
-        return Submission(events=events, places=kept, rejected=sorted(rejected, key=lambda entry: entry["index"]))
+        yield Submission(events=events, places=kept, rejected=sorted(rejected, key=lambda entry: entry["index"]))
 
     async with services.bodies.receive(request) as body:
         return await services.take(body, access_of(request), read)

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from evalvault_sdk.errors import RunNotFoundError
 from evalvault_sdk.server import openapi
 from evalvault_sdk.server.answers import ApiError
-from evalvault_sdk.server.ingest import read_submission
+from evalvault_sdk.server.ingest import read_submissions
 from evalvault_sdk.server.routes.base import access_of, content_type, create_router, json_response
 from evalvault_sdk.server.services import Services
 
@@ -40,7 +40,7 @@ def create_routes(services: Services) -> APIRouter:
                 415, "Unsupported content type", "Content-Type must be application/json or application/x-ndjson"
             )
         async with services.bodies.receive(request) as body:
-            read = partial(read_submission, lines=kind in LINES, settings=services.settings)
+            read = partial(read_submissions, lines=kind in LINES, settings=services.settings)
             submission = await services.take(body, access_of(request), read)
         status, answer = submission.answer()
         return json_response(answer, status)

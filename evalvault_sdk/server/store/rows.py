@@ -74,7 +74,7 @@ def _iso(moment: datetime) -> str:
 
 def row_of(event: StageEvent) -> EventRow:
     """Return an event's columns."""
-    return EventRow(
+    columns = (
         event.run_id,
         event.stage_id,
         event.parent_stage_id,
@@ -88,10 +88,11 @@ def row_of(event: StageEvent) -> EventRow:
         to_json(event.input_ref.to_dict()) if event.input_ref else None,
         to_json(event.output_ref.to_dict()) if event.output_ref else None,
         to_json(event.attributes),
-        to_json(event.metadata),
+        to_json(event.metadata) if event.metadata else "{}",
         event.trace_id,
         event.span_id,
     )
+    return tuple.__new__(EventRow, columns)  # what `EventRow(...)` does, in a third of its time
 
 
 def event_of(row: Sequence[Any]) -> StageEvent:
