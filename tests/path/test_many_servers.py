@@ -257,4 +257,4 @@ def test_servers_that_start_at_once_on_an_empty_database_all_serve(postgres: Pos
         for server in running:
             server.stop()
     with psycopg.connect(url) as connection:
-        assert connection.execute("SELECT count(*) FROM evalvault_sdk_schema").fetchone() == (3,)
+        assert connection.execute("SELECT count(*) FROM evalvault_sdk_schema").fetchone() == (4,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -21,6 +22,7 @@ from evalvault_sdk.errors import StoreError
 from evalvault_sdk.server import create_app
 from evalvault_sdk.server.metrics import StageMetric
 from evalvault_sdk.server.store import Store, open_store
+from evalvault_sdk.server.store.postgres import PostgresStore
 from evalvault_sdk.server.store.sql_snapshot import load_sql
 from tests.postgres import Postgres, running_postgres
 from tests.server.stores import NOON, event, now
@@ -181,6 +183,7 @@ def test_many_processes_that_start_on_an_empty_database_record_each_change_once(
         "postgres_0001_stage_tables.sql",
         "postgres_0002_reading_indexes.sql",
         "postgres_0003_totals_index.sql",
+        "postgres_0004_run_counts.sql",
     ]
 
 
@@ -196,6 +199,100 @@ def test_totals_come_from_an_index_and_not_from_the_events(postgres: Postgres) -
                 query = query.replace(parameter, "'1'")
             plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {query}"))
             assert "Index Only Scan using idx_evalvault_sdk_totals" in plan, plan
+
+
+def counts(url: str) -> dict[str, int]:
+    """Return how many events each run has, by counting them."""
+    with psycopg.connect(url) as connection:
+        return dict(connection.execute("SELECT run_id::text, COUNT(*) FROM stage_events GROUP BY run_id").fetchall())
+
+
+def test_a_count_is_kept_and_exact_whoever_writes(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    store = open_store(url)
+    assert isinstance(store, PostgresStore)
+    assert "evalvault_sdk_run_counts" in store.dialect.run_count
+    store.save([event(n) for n in range(50)])
+    store.save([event(n, status="again") for n in range(40, 60)] + [event(1, run_id="other")])
+    theirs = role_without_create(postgres, url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("REVOKE ALL ON evalvault_sdk_run_counts FROM PUBLIC, " + theirs.split("//")[1].split(":")[0])
+    with psycopg.connect(theirs, autocommit=True) as connection:
+        for step in (
+            "INSERT INTO stage_events (run_id, stage_id, stage_type) SELECT 'r', 'n' || n, 'x' FROM generate_series(1,9) n",
+            "INSERT INTO stage_events (run_id, stage_id, stage_type) VALUES ('r', 's1', 'x') ON CONFLICT DO NOTHING",
+            "DELETE FROM stage_events WHERE run_id = 'r' AND stage_id IN ('s3', 's4', 'nobody')",
+            "UPDATE stage_events SET run_id = 'third' WHERE stage_id IN ('s5', 's6')",
+            "UPDATE stage_events SET run_id = run_id, status = 'seen'",
+        ):
+            connection.execute(step)
+            found = counts(url)
+            assert {run: now(store).count(run) for run in found} == found, step
+        with contextlib.suppress(ZeroDivisionError), connection.transaction():
+            connection.execute("DELETE FROM stage_events")
+            raise ZeroDivisionError
+    assert counts(url) == {"r": 65, "other": 1, "third": 2}
+    assert [now(store).count(run) for run in ("r", "other", "third", "none")] == [65, 1, 2, 0]
+    assert (store.trim_run("r", 60), now(store).count("r")) == (5, 60)
+    assert (store.delete_run("third"), now(store).count("third")) == (2, 0)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("TRUNCATE stage_events")
+    assert [now(store).count(run) for run in ("r", "other")] == [0, 0]
+    store.save([event(1)])
+    assert now(store).count("r") == 1
+    store.close()
+
+
+def test_a_count_fits_what_the_same_snapshot_lists_while_several_write_and_delete(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    stores = [open_store(url) for _ in range(2)]
+    ended = threading.Event()
+
+    def write(seed: int) -> None:
+        some = random.Random(seed)
+        while not ended.is_set():
+            store = some.choice(stores)
+            store.save([event(n) for n in some.sample(range(200), 40)])
+            store.trim_run("r", some.randrange(50, 100))
+
+    with ThreadPoolExecutor(4) as threads:
+        writing = [threads.submit(write, seed) for seed in range(4)]
+        for _ in range(100):
+            with stores[0].snapshot() as view:
+                assert view.count("r") == len(list(view.events("r")))
+        ended.set()
+        for one in writing:
+            one.result()
+    assert now(stores[1]).count("r") == counts(url)["r"]
+    for store in stores:
+        store.close()
+
+
+def test_events_that_were_there_before_are_counted_and_a_run_that_evalvault_deletes_is_not(postgres: Postgres) -> None:
+    url = evalvault_database(postgres)
+    insert = "INSERT INTO stage_events (run_id, stage_id, stage_type) VALUES (%s, %s, 'x')"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(insert, (KNOWN_RUN, "before"))
+        store = open_store(url)
+        assert isinstance(store, PostgresStore)
+        assert "evalvault_sdk_run_counts" in store.dialect.run_count
+        connection.execute(insert, (KNOWN_RUN, "after"))
+        assert now(store).count(KNOWN_RUN.upper()) == 2
+        connection.execute("DELETE FROM evaluation_runs")
+    assert now(store).count(KNOWN_RUN) == 0
+    store.close()
+
+
+def test_where_a_trigger_is_not_at_work_events_are_counted_one_by_one(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    open_store(url).close()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE stage_events DISABLE TRIGGER evalvault_sdk_deleted")
+        store = open_store(url)
+        store.save([event(n) for n in range(5)])
+        connection.execute("DELETE FROM stage_events WHERE stage_id = 's1'")
+    assert now(store).count("r") == 4
+    store.close()
 
 
 def test_tables_without_our_record_are_used_as_they_are(postgres: Postgres) -> None:

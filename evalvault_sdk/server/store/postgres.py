@@ -27,6 +27,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timezone
 from typing import Any
 
+import attrs
+
 from evalvault_sdk.errors import ConfigurationError, MissingDependencyError, StoreError
 from evalvault_sdk.events import StageEvent
 from evalvault_sdk.server.store.base import Incoming
@@ -52,6 +54,7 @@ _SCHEMA = (
     "postgres_0001_stage_tables.sql",
     "postgres_0002_reading_indexes.sql",
     "postgres_0003_totals_index.sql",
+    "postgres_0004_run_counts.sql",
 )
 #: Held while they are applied: many processes may start on one new database. The number is only ours.
 _SCHEMA_LOCK = 7_308_325_127_064_912
@@ -82,6 +85,11 @@ _DEADLOCK_TRIES = 6
 _WRITERS_NOW = """SELECT DISTINCT virtualtransaction FROM pg_locks WHERE relation = 'stage_events'::regclass
 AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+#: Whether all triggers that keep the counts of runs are there, and at work, and what they keep may be read.
+_IS_COUNTED = """SELECT COUNT(*) = 4 AND has_table_privilege(to_regclass('evalvault_sdk_run_counts'), 'SELECT')
+FROM pg_trigger WHERE tgrelid = 'stage_events'::regclass AND tgenabled IN ('O', 'A')
+AND tgname IN ('evalvault_sdk_stored', 'evalvault_sdk_deleted', 'evalvault_sdk_moved', 'evalvault_sdk_emptied')"""
+_RUN_COUNT = "SELECT COALESCE(SUM(events), 0) FROM evalvault_sdk_run_counts WHERE run_id = :run_id"
 #: Rows that come over at a time: each may have a million characters.
 _FETCH = 100
 _NO_RUN = str(uuid.UUID(int=0))
@@ -110,7 +118,6 @@ class PostgresStore(SqlStore):
     The tables are made where they are missing; with `read_only` nothing is made or changed.
     """
 
-    dialect = _DIALECT
     writers = _WRITERS
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
@@ -201,7 +208,7 @@ class PostgresStore(SqlStore):
                     cursor.execute(*self._said(query, values))
                     yield from cursor
 
-            yield SqlSnapshot(ask, _DIALECT, stream=stream)
+            yield SqlSnapshot(ask, self.dialect, stream=stream)
 
     def check(self) -> None:
         """Raise `StoreError` unless the database answers; see `Store.check`."""
@@ -354,6 +361,8 @@ class PostgresStore(SqlStore):
         )
         self._runs_are_uuids = types["run_id"] == "uuid"
         self._json_type = types["attributes"]
+        ((counted,),) = connection.execute(_IS_COUNTED).fetchall()
+        self.dialect = attrs.evolve(_DIALECT, run_count=_RUN_COUNT) if counted else _DIALECT
         ((self._sequence,),) = connection.execute("SELECT pg_get_serial_sequence('stage_events', 'id')").fetchall()
         self._merge_query = load_sql("postgres_merge.sql").format(
             run_type=types["run_id"], json_type=self._json_type, sequence=self._sequence

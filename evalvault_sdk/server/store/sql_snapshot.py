@@ -54,6 +54,8 @@ class Dialect:
     #: The condition that an event is of the type `:stage_type`.
     stage_type: str = "stage_type = :stage_type"
     run_totals: str
+    #: Yields how many events a run has.
+    run_count: str = "SELECT COUNT(*) FROM stage_events WHERE run_id = :run_id"
     #: Yields each run's id and last place.
     run_ids: str
     #: Keeps others from replacing the metrics of `:run` until the transaction ends.
@@ -97,7 +99,9 @@ class SqlSnapshot:
     def count(self, run_id: str, which: EventFilter = EVERYTHING) -> int:
         """Count a run's events; see `Snapshot.count`."""
         where, values = self._where(run_id, which)
-        ((found,),) = self.ask(f"SELECT COUNT(*) FROM stage_events WHERE {where}", values)
+        everything = which == EVERYTHING
+        query = self._dialect.run_count if everything else f"SELECT COUNT(*) FROM stage_events WHERE {where}"
+        ((found,),) = self.ask(query, values)
         return int(found)
 
     def stage_type_totals(self, run_id: str, *, percentiles: bool = True) -> list[StageTypeTotals]:
