@@ -12,7 +12,8 @@
 #   make fuzz       all that the API describes, and much that it does not, asked of a real server; SECONDS=60 SEED=7
 #   make docs       the API from its docstrings, and the guides, as pages in build/docs; fails on a broken link
 #   make lint       lint, format check, strict types
-#   make bench      what the speed claims rest on, beside seven other SDKs; ONLY=healthy,exit ROUNDS=5 to choose
+#   make bench      what the speed claims rest on, beside seven other SDKs; ONLY=healthy,exit ROUNDS=5 to choose; ONLY=growth for
+#                   the server with up to ten million events stored
 #   make dist       wheel and sdist in dist/
 
 PYTHON ?= $(shell sh tests/tools/find_python.sh)

@@ -72,6 +72,8 @@ class Ran:
     requests_per_s: float
     #: Of each request that was answered with "stored", in seconds.
     took: list[float]
+    #: CPU that the clients took while they sent: what the server could not have.
+    cpu_s: float
     #: How often the server said "come again".
     put_off: int
 
@@ -102,6 +104,7 @@ class Fleet:
             events_per_s=requests * clients * batch / elapsed,
             requests_per_s=requests * clients / elapsed,
             took=[seconds for answer in answers for seconds in answer["took"]],
+            cpu_s=sum(answer["cpu_s"] for answer in answers),
             put_off=sum(answer["put_off"] for answer in answers),
         )
 
@@ -134,7 +137,7 @@ def _bodies(batch: int, requests: int, run_id: str) -> list[bytes]:
 def _send(port: int, bodies: list[bytes], batch: int) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.connect()
-    took, put_off, started = [], 0, time.monotonic()
+    took, put_off, started, cpu_s = [], 0, time.monotonic(), time.process_time()
     while bodies:
         asked = time.monotonic()
         connection.request("POST", "/api/stage/events", bodies[-1], _HEADERS)
@@ -148,7 +151,8 @@ def _send(port: int, bodies: list[bytes], batch: int) -> dict[str, Any]:
             time.sleep(0.1)
         else:
             raise SystemExit(f"{answer.status} {text[:200]!r}: this run does not count")
-    return {"started": started, "ended": time.monotonic(), "took": took, "put_off": put_off}
+    cpu_s = time.process_time() - cpu_s
+    return {"started": started, "ended": time.monotonic(), "cpu_s": cpu_s, "took": took, "put_off": put_off}
 
 
 def main() -> None:

@@ -214,13 +214,14 @@ def test_a_count_is_kept_and_exact_whoever_writes(postgres: Postgres) -> None:
     assert "evalvault_sdk_run_counts" in store.dialect.run_count
     store.save([event(n) for n in range(50)])
     store.save([event(n, status="again") for n in range(40, 60)] + [event(1, run_id="other")])
+    into = "INSERT INTO stage_events (run_id, stage_id, stage_type)"
     theirs = role_without_create(postgres, url)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("REVOKE ALL ON evalvault_sdk_run_counts FROM PUBLIC, " + theirs.split("//")[1].split(":")[0])
     with psycopg.connect(theirs, autocommit=True) as connection:
         for step in (
-            "INSERT INTO stage_events (run_id, stage_id, stage_type) SELECT 'r', 'n' || n, 'x' FROM generate_series(1,9) n",
-            "INSERT INTO stage_events (run_id, stage_id, stage_type) VALUES ('r', 's1', 'x') ON CONFLICT DO NOTHING",
+            f"{into} SELECT 'r', 'n' || n, 'x' FROM generate_series(1, 9) AS n",
+            f"{into} VALUES ('r', 's1', 'x') ON CONFLICT DO NOTHING",
             "DELETE FROM stage_events WHERE run_id = 'r' AND stage_id IN ('s3', 's4', 'nobody')",
             "UPDATE stage_events SET run_id = 'third' WHERE stage_id IN ('s5', 's6')",
             "UPDATE stage_events SET run_id = run_id, status = 'seen'",
