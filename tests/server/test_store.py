@@ -65,6 +65,18 @@ def test_what_is_stored_comes_back_field_by_field(store: Store) -> None:
     assert events_of(store) == [full, minimal]
 
 
+def test_an_event_is_stored_the_same_prepared_or_not(store: Store) -> None:
+    seoul = timezone(timedelta(hours=9))
+    events = [
+        event(n, trace_id="t", started_at=NOON.astimezone(seoul), finished_at=NOON, attributes={"한": [n]})
+        for n in range(2)
+    ]
+    prepared = store.prepared(events[0])
+    assert [prepared.run_id, prepared.stage_id, prepared.trace_id] == ["r", "s0", "t"]
+    assert store.save([prepared, events[1]]) == {}
+    assert [stored.event for stored in now(store).events("r")] == events
+
+
 def test_storing_again_replaces_and_keeps_the_place(store: Store) -> None:
     store.save([event(1), event(2)])
     store.save([event(1, attributes={"new": 1})])
