@@ -62,6 +62,8 @@ class Submission:
     def joined(cls, parts: Iterable[Submission]) -> Submission:
         """Return the whole of some parts."""
         several = list(parts)
+        if len(several) == 1:
+            return several[0]
         return cls(
             events=[event for part in several for event in part.events],
             places=[place for part in several for place in part.places],
