@@ -18,7 +18,7 @@ from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage
 from evalvault_sdk.capture.draft import Draft, fields_of
 from evalvault_sdk.capture.given import NOTHING_GIVEN, Given, as_object, as_reference
 from evalvault_sdk.capture.propagate import current_span
-from evalvault_sdk.capture.recorder import Recorder
+from evalvault_sdk.capture.recorder import Recorder, Setup
 from evalvault_sdk.errors import cancellation, describe_error
 from evalvault_sdk.ids import NO_ID, Id, digits_of, new_random_bits, stage_id_of
 
@@ -195,7 +195,7 @@ class StageContext(Scope):
         before = outer = open_scope.get()
         if context.finders:
             outer = here()
-        if self._made_of is not NO_ID:
+        if self._open or self._made_of is not NO_ID:
             # In a recursion, in another thread, or in what began inside: each entry is a stage with a clock of its own.
             if self._open or self.is_around(outer):
                 return self._again().__enter__()
@@ -272,8 +272,8 @@ class StageContext(Scope):
                 self._tell_of(error)
             if self.status == "error":
                 recorder.fail_trace(self._trace)
-            put_draft = recorder.setup.put_draft
-            if put_draft is None or not self._draft(put_draft, elapsed_ns):
+            setup = recorder.setup
+            if setup.put_draft is None or not self._draft(setup, setup.put_draft, elapsed_ns):
                 recorder.record(self._fields(elapsed_ns), self._trace)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)
@@ -323,7 +323,7 @@ class StageContext(Scope):
         again._made_from = self._template
         return again
 
-    def _draft(self, put: Callable[[Draft], bool], elapsed_ns: int) -> bool:
+    def _draft(self, setup: Setup, put: Callable[[Draft], bool], elapsed_ns: int) -> bool:
         """Put the stage as a draft, whose ids and times are formatted later; say whether that does."""
         trace, content = self._trace, self._content()
         in_trace = trace.opened
@@ -331,7 +331,7 @@ class StageContext(Scope):
             content["trace_id"], in_trace = trace.given_id, NO_ID
         if self._parent_stage_id is not None and self._parent is NO_ID:
             content["parent_stage_id"] = self._parent_stage_id
-        encoded = self._recorder.setup.encoder.at_once(content)
+        encoded = setup.encoder.at_once(content)
         if encoded is None:
             return False
         span = 0 if self._span_id is None else int(self._span_id, 16)
@@ -342,7 +342,7 @@ class StageContext(Scope):
     def _fields(self, elapsed_ns: int) -> dict[str, Any]:
         """Return the fields of the event."""
         outer = self._outer
-        if outer is not None and outer._made_of is self._parent:
+        if outer is not None and outer._made_of is self._parent is not NO_ID:
             self._parent_stage_id = outer.stage_id  # which it makes but once for all that are in it
         # The order saves the encoder from looking for secrets in what can hold none: content begins with the type.
         fields = {

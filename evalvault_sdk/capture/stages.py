@@ -154,7 +154,9 @@ class Stages:
         stage = StageContext(recorder, stage_type, given)
         return stage if function is None else stage(function)
 
-    stage.__wrapped__ = _stage  # type: ignore[attr-defined] # whose parameters are those that `inspect` and editors show
+    # Its parameters are those that `inspect` and editors show, and errors are of `stage`.
+    stage.__wrapped__ = _stage  # type: ignore[attr-defined]
+    _stage.__name__, _stage.__qualname__ = stage.__name__, stage.__qualname__
 
     def trace(
         self,

@@ -13,6 +13,7 @@ signal handler in the middle of it may itself record, and must find the account 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import threading
@@ -94,7 +95,7 @@ class FlushReport(Stats):
 
 
 #: What is counted for the numbers of a draft.
-DRAFT_BYTES = 250
+DRAFT_BYTES = 290
 #: An event's JSON; or a draft of it, a tuple whose last item is bytes.
 Entry = bytes | tuple[Any, ...]
 
@@ -147,6 +148,8 @@ class Account:
         self.lent_bytes = 0
         #: Events that left `waiting`, less those that came back.
         self.taken = 0
+        #: Events that left it to be put anew, as if they had never been there.
+        self.retracted = 0
         #: Events that were recorded into a segment that is sealed.
         self.sealed = 0
         #: Events that were recorded and could not be taken.
@@ -193,8 +196,10 @@ class Account:
         self.notes[what] = self.notes.get(what, 0) + count
 
     def first(self, count: int) -> list[Entry]:
-        """Return the first `count` events that wait, or fewer."""
-        return list(itertools.islice(self.waiting, count))
+        """Return the first `count` events that wait, or fewer. Wants no lock."""
+        while True:
+            with contextlib.suppress(RuntimeError):  # between the two calls, a thread has appended one
+                return list(itertools.islice(self.waiting, count))
 
     def begins_with(self, events: list[Entry]) -> bool:
         """Whether `events`, the first that waited a moment ago, still are: nobody has taken any meanwhile."""
@@ -209,12 +214,14 @@ class Account:
                 break  # somebody has taken them meanwhile
             if isinstance(after, str):
                 del waiting[number]
-                self.waiting_bytes -= size_of(before)
+                size = size_of(before)  # before the account is read: another thread may come in between
+                self.waiting_bytes -= size
                 self.taken += 1
                 self.drop(after)
             else:
                 waiting[number] = after
-                self.waiting_bytes += len(after) - size_of(before)
+                size = len(after) - size_of(before)
+                self.waiting_bytes += size
                 number += 1
 
     def take(self, count: int) -> Share:
@@ -222,6 +229,18 @@ class Account:
         self.taken += count
         self.in_flight += count
         return self._opened(count)
+
+    def retract(self, event: Entry) -> bool:
+        """Take out an event that has just been appended, unless somebody has taken it already."""
+        for number in range(len(self.waiting) - 1, -1, -1):
+            if self.waiting[number] is event:
+                del self.waiting[number]
+                size = size_of(event)
+                self.waiting_bytes -= size
+                self.retracted += 1
+                self._ledger.settled.notify_all()  # a flush may wait for it
+                return True
+        return False
 
     def remove_first(self, count: int, size: int) -> None:
         """Take out the first events, of `size` bytes: all in one step, which no interrupt comes into the middle of."""
@@ -237,7 +256,8 @@ class Account:
             self.waiting.extend(events)
         else:
             self.waiting.extendleft(reversed(events))
-        self.waiting_bytes += sum(map(len, events))
+        size = sum(map(len, events))
+        self.waiting_bytes += size
         self.taken -= share.count
         self.in_flight -= share.count
         self._returns += 1
@@ -296,8 +316,8 @@ class Account:
             return settled.wait_for(done, max(0.0, min(until - clock(), threading.TIMEOUT_MAX)))
 
         with self._ledger.lock:
-            taken, sealed = self.taken + len(self.waiting), self.sealed + self.direct
-            while wait_for(lambda: self.taken >= taken and self.sealed >= sealed):
+            gone, sealed = self.taken + self.retracted + len(self.waiting), self.sealed + self.direct
+            while wait_for(lambda: self.taken + self.retracted >= gone and self.sealed >= sealed):
                 # Now all of them are in flight or spooled, with the mark that holds so far. Later ones get the next.
                 self._mark += 1
                 returns = self._returns

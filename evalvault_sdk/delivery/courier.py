@@ -140,10 +140,11 @@ class Courier:
                     new = events[:count]
                     taken, shares = (*taken, *new), (*shares, account.take(count))
                     hand.parts = [Batch(taken, shares)]
-                    account.remove_first(count, sum(map(size_of, recorded[:count])))
+                    # And counted there before: whoever puts meanwhile, without the lock, must not see room too early.
                     new_bytes = sum(map(len, new))
                     account.lent += count
                     account.lent_bytes += new_bytes
+                    account.remove_first(count, sum(map(size_of, recorded[:count])))
                     hand.lent.append((account, count, new_bytes))
                     ledger.settled.notify_all()
                 if count < len(recorded) or count < _AT_ONCE:
@@ -218,12 +219,12 @@ class Courier:
             if not self._holds(hand):
                 return False
             rest = hand.rest()
-            self._release(hand)
             if last:
                 for share in rest.shares:
                     share.account.lose(share, "shutdown", in_flight=True)
             else:
                 _put_back(rest)
+            self._release(hand)  # at the end: until then there is no room for others
             return not len(rest)
 
     def _claim(self, hand: Hand, piece: Batch) -> bool:

@@ -149,7 +149,7 @@ class EventQueue:
         # Recording takes no lock: an append is one step, and so, for Python, is an addition between two calls.
         waiting.append(event)
         account.waiting_bytes += size
-        if self._is_careful and self._take_back(event, size):  # it became so meanwhile
+        if self._is_careful and self._take_back(event):  # it became so meanwhile
             return self._put_carefully(event, size)
         if len(waiting) >= self._wake_at_events or account.waiting_bytes >= self._wake_at_bytes:
             self.wakeup.set()
@@ -158,21 +158,16 @@ class EventQueue:
             start()
         return True
 
-    def _take_back(self, event: Entry, size: int) -> bool:
-        """Take out an event that has just been appended, unless somebody has taken it already."""
+    def _take_back(self, event: Entry) -> bool:
         with self._lock:
-            waiting = self.account.waiting
-            for number in range(len(waiting) - 1, -1, -1):
-                if waiting[number] is event:
-                    del waiting[number]
-                    self.account.waiting_bytes -= size
-                    return True
-        return False
+            return self.account.retract(event)
 
     def _put_carefully(self, event: Entry, size: int) -> bool:
         """Put an event where there may be no room, or it has to go to disk first."""
         with self._lock:
             account = self.account
+            if not account.waiting:
+                account.waiting_bytes = 0  # what a thread adds after its event was taken already is never taken
             if self._journal is not None and not self.closed and self._append_to(self._journal, event):
                 count, total = len(self._ledger.direct), 0
             else:
@@ -203,7 +198,8 @@ class EventQueue:
                 reason = "spool_full"
         elif limits.policy == "drop_oldest":
             while account.waiting and not self._has_room(size):
-                account.waiting_bytes -= size_of(account.waiting.popleft())
+                dropped = size_of(account.waiting.popleft())
+                account.waiting_bytes -= dropped
                 account.taken += 1
                 account.drop("queue_full")
         elif limits.policy == "block" and not self.is_worker():

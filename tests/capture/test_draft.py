@@ -168,3 +168,36 @@ def test_a_stage_that_has_ended_is_freed_without_the_garbage_collector() -> None
             assert gone() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("value", [1, {1, 2}, "x" * 40_000])  # a draft, and no draft
+def test_where_a_stage_belongs_does_not_depend_on_what_it_holds(value: Any) -> None:
+    transport = MemoryTransport()
+    with StageTracer("r", transport=transport, durability="memory") as tracer:
+        with tracer.stage("request") as request:
+            pass
+        with tracer.trace(trace_id=request.trace_id):
+            with tracer.stage("given", parent=request) as stage:
+                stage.set(value=value)
+            with tracer.stage("given by id", parent_stage_id=request.stage_id) as stage:
+                stage.set(value=value)
+        with tracer.trace() as trace, tracer.stage("root of a trace") as root:
+            root.set(value=value)
+            with tracer.stage("child") as child:
+                child.set(value=value)
+    told = {event["stage_type"]: (event.get("parent_stage_id"), event["trace_id"]) for event in transport.events}
+    assert told == {
+        "request": (None, request.trace_id),
+        "given": (request.stage_id, request.trace_id),
+        "given by id": (request.stage_id, request.trace_id),
+        "root of a trace": (None, trace.trace_id),
+        "child": (root.stage_id, trace.trace_id),
+    }
+
+
+def test_a_wrong_keyword_is_said_to_be_one_of_stage() -> None:
+    with (
+        StageTracer("r", transport=MemoryTransport(), durability="memory") as tracer,
+        pytest.raises(TypeError, match=r"Stages\.stage\(\) got an unexpected keyword argument 'attribute'"),
+    ):
+        tracer.stage("retrieval", attribute={})  # type: ignore[call-overload]

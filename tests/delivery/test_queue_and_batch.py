@@ -15,7 +15,7 @@ import pytest
 from evalvault_sdk.delivery.account import Account, Ledger
 from evalvault_sdk.delivery.batch import ENVELOPE_BYTES, Batch, BatchLimits
 from evalvault_sdk.delivery.queue import EventQueue, QueueLimits, QueuePolicy, Wakeup
-from tests.support import a_courier, balances, take_all
+from tests.support import a_courier, balances, take_all, wait_for
 
 
 def make_queue(
@@ -515,3 +515,73 @@ def test_many_threads_and_a_taker_leave_the_account_of_bytes_right() -> None:
     assert taken == 8 * 5000
     assert queue.account.waiting_bytes == 0
     assert balances(queue.account.stats())
+
+
+def test_a_flush_does_not_wait_for_an_event_that_was_taken_back() -> None:
+    queue = make_queue()
+    ended: list[bool] = []
+
+    def flush() -> None:
+        ended.append(queue.account.wait_until_ended(10))
+
+    flushing = threading.Thread(target=flush)
+
+    def happens() -> None:
+        flushing.start()
+        wait_for(lambda: bool(queue.account._ledger.settled._waiters))  # type: ignore[attr-defined]
+        queue.close()
+
+    queue.account.waiting = Interrupted(happens)
+    assert not queue.put(b"x")
+    flushing.join(5)
+    assert ended == [True]
+
+
+def test_bytes_that_are_counted_after_their_event_was_taken_do_not_fill_the_queue() -> None:
+    queue = make_queue(max_bytes=100)
+    queue.account.waiting = Interrupted(lambda: take_from(queue))
+    assert queue.put(b"x" * 60)
+    queue.account.lent = queue.account.lent_bytes = 0  # it was delivered
+    assert queue.account.waiting_bytes == 60
+    assert queue.put(b"x" * 60)
+    assert queue.account.waiting_bytes == 60
+
+
+def test_there_is_no_room_before_the_events_that_are_taken_are_delivered() -> None:
+    queue = make_queue(max_events=4)
+    put: list[bool] = []
+
+    class Leaving(collections.deque[Any]):
+        def popleft(self) -> Any:
+            event = super().popleft()
+            put.append(queue.put(b"more"))
+            return event
+
+    queue.account.waiting = Leaving()
+    assert all(queue.put(b"x") for _ in range(4))
+    assert a_courier(queue._ledger).take([queue], BatchLimits()) is not None
+    assert put == [False] * 4
+    assert queue.account.stats().dropped == {"queue_full": 4}
+
+
+def test_what_waits_first_is_found_though_threads_append_meanwhile() -> None:
+    queue = make_queue(max_events=10**7, max_bytes=10**9)
+    stopped = threading.Event()
+
+    def record() -> None:
+        while not stopped.is_set():
+            queue.put(b"x")
+
+    threads = [threading.Thread(target=record) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(20_000):
+            assert len(queue.account.first(3)) <= 3
+    finally:
+        sys.setswitchinterval(interval)
+        stopped.set()
+        for thread in threads:
+            thread.join()

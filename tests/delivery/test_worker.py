@@ -400,7 +400,7 @@ def test_a_signal_handler_that_records_while_the_thread_is_being_started_does_no
                 recorded += 1
 
         signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.00005, 0.00005)
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
         for _ in range(300):
             tracer = StageTracer("r", transport=MemoryTransport())
             tracer.record_stage("x")
