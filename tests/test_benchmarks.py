@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from email.message import Message
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from benchmarks import sink
 from benchmarks.recording import Figures, figures
 from benchmarks.report import ratios_of, show, times_better
 from benchmarks.run import FORMS
-from benchmarks.situations import MEASURES, SITUATIONS
+from benchmarks.situations import MEASURES, PEERS, SITUATIONS
 from benchmarks.subjects import SUBJECTS, EvalVault, Nothing, OpenTelemetry, Prototype
 from benchmarks.workload import STAGE_TYPES, STAGES_PER_REQUEST, attributes_of
+from tests.markdown import section
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -154,3 +158,30 @@ def test_a_table_tells_what_failed_and_what_was_lost(capsys: pytest.CaptureFixtu
     assert cpu.split(" | ")[1:] == ["2 (2 to 2)", "4 (2 to 6) **2×**", "failed, or took too long |"]
     assert table[-1] == "| arrived, % | 100 | 99.9 |  |"
     assert ratios_of(results)["healthy"]["cpu_us"] == {"langfuse": {"median": 2.0, "lowest": 1.0, "highest": 3.0}}
+
+
+#: The rows of the README's table.
+TOLD = (
+    ("healthy", "caller_p50_us"),
+    ("healthy", "caller_p99_us"),
+    ("healthy", "cpu_us"),
+    ("healthy", "delivered_per_s"),
+    ("queued", "queued_bytes"),
+    ("start", "import_ms"),
+)
+
+
+@pytest.mark.parametrize(("readme", "heading"), [("README.md", "What it costs"), ("README.ko.md", "비용")])
+def test_the_readme_tells_the_ratios_that_were_measured(readme: str, heading: str) -> None:
+    told = section((ROOT / readme).read_text(encoding="utf-8"), heading)
+    measured = json.loads((ROOT / "benchmarks/results/ratios.json").read_text(encoding="utf-8"))
+    assert f"$ {measured['about']['command']}\n" in told
+    header, _, *rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")]
+    assert [name.lower() for name in header[1:]] == [*PEERS]
+    for row, (situation, measure) in zip(rows, TOLD, strict=True):
+        ratios = measured["results"][situation][measure]
+        assert row[1:] == [_two_digits(ratios[peer]["median"]) for peer in PEERS], (situation, measure)
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{float(f'{ratio:.2g}'):g}"

@@ -164,6 +164,12 @@ class EventQueue:
 
     def _put_carefully(self, event: Entry, size: int) -> bool:
         """Put an event where there may be no room, or it has to go to disk first."""
+        if self._journal is not None and not isinstance(event, bytes):
+            (finished,) = self._finished([event])  # before the lock is taken, which the worker may be waiting for
+            if isinstance(finished, str):
+                self.refuse(finished)
+                return False
+            event, size = finished, len(finished)
         with self._lock:
             account = self.account
             if not account.waiting:
