@@ -126,12 +126,15 @@ def show_ratios(ratios: Ratios) -> None:
 
 def peer_rows(ratios: Ratios) -> list[tuple[str, Mapping[str, Mapping[str, float]]]]:
     """Return a text and the ratios for each measure, without those of us against ourselves."""
-    return [
-        (f"{situation_name}: {text_of(SITUATIONS[situation_name], measure)}", peers)
+    rows = [
+        (
+            f"{situation_name}: {text_of(SITUATIONS[situation_name], measure)}",
+            {name: ratio for name, ratio in all_of_it.items() if not name.startswith("evalvault-sdk")},
+        )
         for situation_name, measures in ratios.items()
-        for measure, peers in measures.items()
-        if not any(name.startswith("evalvault-sdk") for name in peers)
+        for measure, all_of_it in measures.items()
     ]
+    return [(text, peers) for text, peers in rows if peers]
 
 
 def write(results: Results, rounds: int, command: str) -> None:
@@ -198,8 +201,8 @@ def plot(ratios: Ratios, path: Path) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", which="both", alpha=0.25)
     axes.set_xlabel("how many times better evalvault-sdk is (1× is equal)")
-    figure.legend(loc="outside upper center", ncols=min(8, len(names)))
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside upper center", ncols=min(4, len(names)))
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
