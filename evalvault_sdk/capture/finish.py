@@ -102,12 +102,13 @@ class _Places(dict[Id, tuple[bytes, bytes]]):
     def __init__(self, run: bytes, milliseconds: _Milliseconds) -> None:
         self._run = run
         self._milliseconds = milliseconds
-        self[NO_ID] = run, b""
 
     def __missing__(self, made_of: Id) -> tuple[bytes, bytes]:
         if len(self) > _MAX_KNOWN:
             self.clear()
-            self[NO_ID] = self._run, b""
+        if made_of == NO_ID:
+            nowhere = self[NO_ID] = self._run, b""
+            return nowhere
         time_ns, random_bits = made_of
         if _FIRST_NS <= time_ns <= _LAST_NS:
             time, tail = b"%d" % time_ns, b"%016x" % (VARIANT | random_bits)

@@ -14,7 +14,7 @@ from evalvault_sdk.capture.encode import Encoder
 from evalvault_sdk.capture.nostage import NOWHERE
 from evalvault_sdk.capture.redact import Redactor
 from evalvault_sdk.delivery.transport.base import RetryLater
-from evalvault_sdk.ids import Id, digits_of, new_random_bits, stage_id_of
+from evalvault_sdk.ids import NO_ID, Id, digits_of, new_random_bits, stage_id_of
 from tests.support import MemoryTransport, balances
 
 MADE_OF, PARENT, TRACE = ((1_767_780_000_999_999_999 - before, new_random_bits()) for before in (0, 10**6, 10**10))
@@ -62,6 +62,23 @@ def test_whatever_the_clock_says_many_drafts_become_what_each_would_alone(time_n
     if not 0 <= time_ns + elapsed_ns < 1 << 65:  # no calendar has it
         return
     assert finished(usual, odd, usual) == [encoded(usual, top_k=2), encoded(odd, top_k=1), encoded(usual, top_k=2)]
+
+
+def test_what_is_remembered_is_bounded_and_forgetting_it_changes_nothing() -> None:
+    encoder, content = Encoder(run_id="r"), draft_of(top_k=1)[-1]
+    finisher = encoder._finisher
+    for number in range(3 * 2048):
+        root = MADE_OF[0] + number * 1_000_000, number + 1
+        drafts: list[Draft] = [((root[0] + 1000, 7), 5, 0, root, root, content), (root, 9, 0, NO_ID, root, content)]
+        child, parent = (orjson.loads(event or b"") for event in encoder.finish(drafts, NOWHERE))
+        assert child["parent_stage_id"] == parent["stage_id"] == stage_id_of(digits_of(*root))
+        assert child["trace_id"] == parent["trace_id"] == digits_of(*root)
+        assert "parent_stage_id" not in parent
+    assert len(finisher._places) <= 2050
+    assert len(finisher._milliseconds) <= 2050
+    finisher._places.clear()  # as another thread may, just before it is looked up
+    (alone,) = encoder.finish([(MADE_OF, 9, 0, NO_ID, NO_ID, content)], NOWHERE)
+    assert {"trace_id", "parent_stage_id"}.isdisjoint(orjson.loads(alone or b""))
 
 
 def test_of_many_drafts_those_with_a_secret_are_found_wherever_they_are() -> None:
