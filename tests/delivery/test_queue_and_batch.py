@@ -409,6 +409,24 @@ def test_threads_record_on_while_drafts_are_finished() -> None:
     assert take_all(queue).events == (b"bb",)
 
 
+def test_threads_record_on_while_a_draft_is_finished_for_the_journal() -> None:
+    finishing, disk = Finishing(), Disk()
+    queue = finishing.queue
+    queue.begin_journal(disk)
+    finished: list[bool] = []
+
+    def put_elsewhere() -> None:
+        finishing.before.clear()
+        thread = threading.Thread(target=queue.put, args=[b"b"], daemon=True)
+        thread.start()
+        thread.join(5)
+        finished.append(not thread.is_alive())
+
+    finishing.before.append(put_elsewhere)
+    assert queue.put((b"a",))
+    assert (finished, disk.events) == ([True], [b"b", b"aa"])
+
+
 def test_what_somebody_else_takes_while_it_is_finished_is_taken_once() -> None:
     finishing = Finishing()
     queue = finishing.queue
