@@ -117,7 +117,10 @@ class Encoder:
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
         event = self.at_once(fields)
-        return self._thorough(fields, notes) if event is None or self._may_hold_secret(event) else event
+        if event is None or self._may_hold_secret(event):
+            event = self._thorough(fields, notes)
+        # A copy: orjson leaves its result as large as the buffer was that it was written into, and it may have to wait.
+        return None if event is None else b"%b" % event
 
     def _may_hold_secret(self, encoded: bytes) -> bool:
         return self._redactor.may_hold_secret(encoded, encoded.find(b'"stage_type":'))  # before it are ids and times

@@ -125,9 +125,10 @@ def test_recording_a_stage_does_no_more_than_it_did(tracer: StageTracer, way: st
     assert counted[1] <= limits[1], f"now {counted} calls and lines: more lines than {limits}"
 
 
-def test_a_waiting_event_holds_no_more_memory_than_it_did(tracer: StageTracer) -> None:
+@pytest.mark.parametrize("way", ["with block", "record_stage"])
+def test_a_waiting_event_holds_no_more_memory_than_it_did(tracer: StageTracer, way: str) -> None:
     events = 300  # too few to be sent at once
-    work = works(tracer, tracer)["with block"]
+    work = works(tracer, tracer)[way]
     for _ in range(50):
         work()
     gc.collect()
