@@ -15,6 +15,8 @@
 #   make bench      what the speed claims rest on, beside seven other SDKs; ONLY=healthy,exit ROUNDS=5 to choose; ONLY=growth for
 #                   the server with up to ten million events stored
 #   make dist       wheel and sdist in dist/
+#   make compiled   what every stage goes through, compiled, in this checkout; until `make interpreted`
+#   make test-compiled  the tests of recording and delivery, compiled
 
 PYTHON ?= $(shell sh tests/tools/find_python.sh)
 VENV ?= .venv
@@ -22,14 +24,26 @@ BIN := $(VENV)/bin
 SECONDS ?= 300
 
 .PHONY: demo test test-all interop interop-here beside frameworks soak fuzz fuzz-here docs docs-here lint format bench bench-here
-.PHONY: dist clean
+.PHONY: dist clean compiled interpreted test-compiled
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/evalvault-sdk demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev interpreted
 	$(BIN)/python -m pytest $(ARGS)
+
+#: What records and delivers. The rest runs the same code as without.
+COMPILED_TESTS := tests/capture tests/delivery tests/test_default.py tests/path/test_chaos.py
+
+test-compiled: compiled
+	$(BIN)/python -m pytest $(COMPILED_TESTS) $(ARGS); status=$$?; $(MAKE) --no-print-directory interpreted; exit $$status
+
+compiled: $(VENV)/.dev
+	$(BIN)/python hatch_build.py
+
+interpreted:
+	@find evalvault_sdk -name '*.so' -delete
 
 test-all:
 	@for version in 3.10 3.11 3.12 3.13; do \
@@ -91,6 +105,7 @@ bench:
 	$(MAKE) --no-print-directory bench-here PYTHON=$$python VENV=.venv-bench
 
 bench-here: $(VENV)/.bench
+	$(BIN)/python hatch_build.py
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 dist: $(VENV)/.dev

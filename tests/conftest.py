@@ -10,7 +10,24 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import Postgres, running_postgres
-from tests.support import LiveServer, live_server
+from tests.support import ROOT, LiveServer, is_compiled, live_server
+
+#: What is told of each module that can be compiled.
+TYPES = sorted((ROOT / "evalvault_sdk").glob("**/*.pxd"))
+
+
+def pytest_report_header() -> str:
+    return f"what records stages is {'compiled' if is_compiled() else 'interpreted'}"
+
+
+def pytest_configure() -> None:
+    """Refuse to test what was compiled before an edit."""
+    for types in TYPES:
+        source = types.with_suffix(".py")
+        for compiled in source.parent.glob(f"{source.stem}.*.so"):
+            if compiled.stat().st_mtime < max(types.stat().st_mtime, source.stat().st_mtime):
+                pytest.exit(f"{compiled} is older than its source: say `make compiled`, or `make interpreted`", 2)
+
 
 #: These need EvalVault itself, which `make interop` installs.
 collect_ignore = [] if importlib.util.find_spec("evalvault") else ["interop"]

@@ -19,6 +19,7 @@ import orjson
 import requests
 
 from evalvault_sdk import Settings
+from evalvault_sdk.capture import stage
 from evalvault_sdk.delivery.account import Ledger
 from evalvault_sdk.delivery.batch import Batch, BatchLimits
 from evalvault_sdk.delivery.courier import Courier
@@ -30,6 +31,11 @@ from evalvault_sdk.delivery.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parent / "data"
+
+
+def is_compiled() -> bool:
+    """Whether what every stage goes through is compiled here."""
+    return not stage.__file__.endswith(".py")
 
 
 def free_port() -> int:

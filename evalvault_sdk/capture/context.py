@@ -123,6 +123,8 @@ class Scope:
 
 
 open_scope: ContextVar[Scope | None] = ContextVar("evalvault_open_scope", default=None)
+#: Looked up but once: every stage calls them.
+get_open_scope, set_open_scope = open_scope.get, open_scope.set
 
 #: Each returns the scope that a framework's own context says the code runs in. Replaced as one, never changed.
 finders: tuple[Callable[[], Scope | None], ...] = ()
@@ -144,7 +146,7 @@ def remove_finder(finder: Callable[[], Scope | None]) -> None:
 
 def here() -> Scope | None:
     """Return the innermost scope that the code runs in, whoever knows of it."""
-    scope = open_scope.get()
+    scope = get_open_scope()
     for finder in finders:
         try:
             found = finder()
@@ -155,11 +157,16 @@ def here() -> Scope | None:
     return scope
 
 
+def has_begun(scope: object) -> TypeGuard[Scope]:
+    """Whether this is a scope that was entered: one of a tracer that is switched off never is."""
+    return issubclass(type(scope), Scope) and getattr(scope, "_trace", None) is not None
+
+
 def leave(scope: Scope) -> None:
     """Make what was the innermost scope before `scope` that again; if another one was entered since, take it out."""
-    inner = open_scope.get()
+    inner = get_open_scope()
     if inner is scope:
-        open_scope.set(scope._before)
+        set_open_scope(scope._before)
         return
     while inner is not None:
         if inner._before is scope:

@@ -30,6 +30,9 @@ Mask = Callable[[dict[str, Any]], dict[str, Any]]
 
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS
 
+#: Looked up but once: every stage calls it.
+_dumps = orjson.dumps
+
 _SCALARS = frozenset((int, float, bool, type(None)))
 #: Fields of an event of which nothing is known but its type, status and attributes.
 _PLAIN_FIELDS = 3
@@ -167,7 +170,7 @@ class Encoder:
                     return None
                 if "metadata" in fields and not self._are_small(fields["metadata"]):
                     return None
-            encoded = orjson.dumps(fields, None, _OPTIONS)
+            encoded = _dumps(fields, None, _OPTIONS)
             return encoded if len(encoded) <= self._max_small else None
         except Exception:  # noqa: BLE001 - something that orjson alone has no form for
             return None
@@ -177,22 +180,22 @@ class Encoder:
         max_text, max_items = self._max_text, self._max_items
         if len(values) > max_items:
             return False
-        if not self._redactor.innocent.issuperset(values) and any(map(self._tells_a_secret, values)):
-            return False
-        for value in values.values():
+        innocent = self._redactor.innocent
+        for key, value in values.items():
+            if key not in innocent and self._tells_a_secret(key):
+                return False
             kind = type(value)
             if kind is str:
                 if len(value) > max_text:
                     return False
             elif kind is list and value:
-                # Ids or scores, mostly: a few steps in C.
+                # Ids or scores, mostly.
                 if len(value) >= max_items:
                     return False
                 if type(value[0]) is str:
-                    # Joined, which only texts can be; but if the first is long, the others are not looked at.
-                    if len(value[0]) * len(value) > max_text or len("".join(value)) > max_text:
+                    if not _are_texts(value, max_text):
                         return False
-                elif [*map(type, value)].count(float) < len(value) and not self._is_small(value, kind):
+                elif not _are_floats(value) and not self._is_small(value, kind):
                     return False
             elif kind not in _SCALARS and not self._is_small(value, kind):
                 return False
@@ -210,9 +213,10 @@ class Encoder:
             return len(value) * _CHARACTER_BYTES + self._value_bytes
         if kind in _SCALARS:
             return self._value_bytes
-        count = len(value) if kind in _CONTAINERS else _NOT_PLAIN
-        size = (count + 1) * self._value_bytes
-        if depth <= 0 or size > room:
+        if depth <= 0 or kind not in _CONTAINERS:
+            return _NOT_PLAIN
+        size = (len(value) + 1) * self._value_bytes
+        if size > room:
             return _NOT_PLAIN
         if kind is not dict:
             if _SCALARS.issuperset(map(type, value)):  # scores, mostly: a few steps in C
@@ -293,6 +297,24 @@ class Encoder:
         # Ids and times are what they are: changed, they would lead nowhere.
         redactor = self._redactor if name in _NAMES else _NOTHING
         return Walk(_FIELD_LIMITS, redactor).plain(value)
+
+
+def _are_texts(values: list[Any], room: int) -> bool:
+    """Whether all are texts, of so many characters together at most."""
+    for value in values:
+        if type(value) is not str:
+            return False
+        room -= len(value)
+        if room < 0:
+            return False
+    return True
+
+
+def _are_floats(values: list[Any]) -> bool:
+    for value in values:  # noqa: SIM110 - a generator costs more than the list
+        if type(value) is not float:
+            return False
+    return True
 
 
 #: Fields of an event that a program may put content into, besides attributes and metadata.

@@ -16,56 +16,48 @@ import orjson
 from evalvault_sdk.capture.draft import Draft, fields_of, iso_time
 from evalvault_sdk.ids import NO_ID, VARIANT, Id, digits_of, stage_id_of
 
-#: Times of 19 digits, which are those from 2001 to 2286.
+#: The times from 2001 to 2286.
 _FIRST_NS, _LAST_NS = 10**18, 10**19 - 1
 #: So many milliseconds, and so many stages, are remembered.
 _MAX_KNOWN = 2048
+_VARIANT = VARIANT  # a name of this module, which its types can be told of
 
 
 class Finisher:
     """Finishes the drafts of one run. Any thread: what is remembered is changed in single steps."""
 
     def __init__(self, run_id: str) -> None:
-        self._run = b'{"run_id":%b,' % orjson.dumps(run_id)
+        self._run = f'{{"run_id":{orjson.dumps(run_id).decode()},'
         self._run_id = run_id
-        self._milliseconds = _Milliseconds()
-        self._places = _Places(self._run, self._milliseconds)
+        #: For milliseconds of Unix time: what ids begin with, and times. The second that the last of them was in.
+        self._milliseconds: dict[int, tuple[str, str]] = {}
+        self._second = 0, ""
+        #: For a stage: the fields that name it as what opened the trace (and the run), and as the parent.
+        self._places: dict[Id, tuple[str, str]] = {}
 
     def event_of(self, draft: Draft) -> bytes:
         """Return the event of a draft."""
         made_of, elapsed_ns, span, parent, trace, content = draft
         started_ns, random_bits = made_of
         finished_ns = started_ns + elapsed_ns
-        if not (_FIRST_NS <= started_ns <= _LAST_NS and _FIRST_NS <= finished_ns <= _LAST_NS):
+        if not _FIRST_NS <= started_ns <= finished_ns <= _LAST_NS:
             return b"%b,%b" % (orjson.dumps(self._head(draft))[:-1], content)
-        started, finished, tail = b"%d" % started_ns, b"%d" % finished_ns, b"%016x" % (VARIANT | random_bits)
-        microseconds, milliseconds = started[13:16], self._milliseconds
-        id_begins, time_begins = milliseconds[started[:13]]
-        return b"".join(
-            (
-                self._places[trace][0],
-                self._places[parent][1],
-                b'"stage_id":"',
-                id_begins,
-                microseconds,
-                b"-",
-                tail[:4],
-                b"-",
-                tail[4:],
-                b'","span_id":"',
-                b"%016x" % span if span else tail,
-                b'","started_at":"',
-                time_begins,
-                microseconds,
-                b'+00:00","finished_at":"',
-                milliseconds[finished[:13]][1],
-                finished[13:16],
-                b'+00:00","duration_ms":',
-                orjson.dumps(elapsed_ns / 1_000_000),
-                b",",
-                content,
-            )
+        begin, end, took = started_ns, finished_ns, elapsed_ns  # of 64 bits
+        milliseconds, places = self._milliseconds, self._places
+        begin_ms, end_ms = begin // 1_000_000, end // 1_000_000
+        id_begins, started = milliseconds.get(begin_ms) or self._millisecond(begin_ms)
+        _, finished = milliseconds.get(end_ms) or self._millisecond(end_ms)
+        in_trace, _ = places.get(trace) or self._place(trace)
+        _, in_parent = places.get(parent) or self._place(parent)
+        begin_us, end_us = begin // 1000 % 1000, end // 1000 % 1000
+        tail = f"{_VARIANT | random_bits:016x}"
+        span_id = f"{span:016x}" if span else tail
+        head = (
+            f'{in_trace}{in_parent}"stage_id":"{id_begins}{begin_us:03d}-{tail[:4]}-{tail[4:]}","span_id":"{span_id}",'
+            f'"started_at":"{started}{begin_us:03d}+00:00","finished_at":"{finished}{end_us:03d}+00:00",'
+            f'"duration_ms":{took // 1_000_000}.{took % 1_000_000:06d},'
         )
+        return head.encode() + content
 
     def _head(self, draft: Draft) -> dict[str, Any]:
         """Return the ids and times of an event, whatever its numbers are."""
@@ -77,46 +69,24 @@ class Finisher:
             head["parent_stage_id"] = stage_id_of(digits_of(*parent))
         return {**head, **fields_of(made_of, elapsed_ns, span)}
 
-
-class _Milliseconds(dict[bytes, tuple[bytes, bytes]]):
-    """For milliseconds of Unix time, in decimal: what ids begin with, and times."""
-
-    def __init__(self) -> None:
-        self._second = b"", b""
-
-    def __missing__(self, millisecond: bytes) -> tuple[bytes, bytes]:
+    def _millisecond(self, millisecond: int) -> tuple[str, str]:
         known, text = self._second
-        if known != millisecond[:10]:
-            known, text = millisecond[:10], iso_time(int(millisecond[:10]) * 1_000_000_000)[:20].encode()
-            self._second = known, text
-        if len(self) > _MAX_KNOWN:
-            self.clear()
-        digits = b"%012x" % int(millisecond)
-        made = self[millisecond] = b"%b-%b-7" % (digits[:8], digits[8:]), text + millisecond[10:]
+        second = millisecond // 1000
+        if known != second:
+            text = iso_time(second * 1_000_000_000)[:20]
+            self._second = second, text
+        if len(self._milliseconds) > _MAX_KNOWN:
+            self._milliseconds.clear()
+        digits = f"{millisecond:012x}"
+        made = self._milliseconds[millisecond] = f"{digits[:8]}-{digits[8:]}-7", f"{text}{millisecond % 1000:03d}"
         return made
 
-
-class _Places(dict[Id, tuple[bytes, bytes]]):
-    """For a stage: the fields that name it as what opened the trace (and the run), and as the parent."""
-
-    def __init__(self, run: bytes, milliseconds: _Milliseconds) -> None:
-        self._run = run
-        self._milliseconds = milliseconds
-
-    def __missing__(self, made_of: Id) -> tuple[bytes, bytes]:
-        if len(self) > _MAX_KNOWN:
-            self.clear()
-        if made_of == NO_ID:
-            nowhere = self[NO_ID] = self._run, b""
-            return nowhere
-        time_ns, random_bits = made_of
-        if _FIRST_NS <= time_ns <= _LAST_NS:
-            time, tail = b"%d" % time_ns, b"%016x" % (VARIANT | random_bits)
-            stage_id = b"%b%b-%b-%b" % (self._milliseconds[time[:13]][0], time[13:16], tail[:4], tail[4:])
-        else:
-            stage_id = stage_id_of(digits_of(*made_of)).encode()
-        made = self[made_of] = (
-            b'%b"trace_id":"%b",' % (self._run, stage_id.replace(b"-", b"")),
-            b'"parent_stage_id":"%b",' % stage_id,
-        )
+    def _place(self, made_of: Id) -> tuple[str, str]:
+        if len(self._places) > _MAX_KNOWN:
+            self._places.clear()
+        digits = digits_of(*made_of)
+        made = self._run, ""
+        if made_of != NO_ID:
+            made = f'{self._run}"trace_id":"{digits}",', f'"parent_stage_id":"{stage_id_of(digits)}",'
+        self._places[made_of] = made
         return made

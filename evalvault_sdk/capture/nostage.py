@@ -75,7 +75,7 @@ class _Dormant(_NoStage):
     _make: Callable[[], StageContext]
 
     def __init__(self, make: Callable[[], StageContext]) -> None:
-        object.__setattr__(self, "_make", make)
+        _Dormant._make.__set__(self, make)  # type: ignore[attr-defined,misc]  # below `__setattr__`, which keeps nothing
 
     def __getattr__(self, name: str) -> Any:
         return getattr(NO_STAGE, name)

@@ -14,15 +14,27 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evalvault_sdk.capture import clock, context
-from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, leave, open_scope, place
+from evalvault_sdk.capture.context import (
+    Scope,
+    Trace,
+    as_id,
+    get_open_scope,
+    has_begun,
+    here,
+    is_in_stage_of,
+    leave,
+    place,
+    set_open_scope,
+)
 from evalvault_sdk.capture.draft import Draft, fields_of
 from evalvault_sdk.capture.given import NOTHING_GIVEN, Given, as_object, as_reference
 from evalvault_sdk.capture.propagate import current_span
-from evalvault_sdk.capture.recorder import Recorder, Setup
+from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.errors import cancellation, describe_error
 from evalvault_sdk.ids import NO_ID, Id, digits_of, new_random_bits, stage_id_of
 
 if TYPE_CHECKING:
+    from evalvault_sdk.capture.encode import Encoder
     from evalvault_sdk.events import StagePayloadRef
 
 T = TypeVar("T")
@@ -192,7 +204,7 @@ class StageContext(Scope):
             return None
 
     def __enter__(self) -> StageContext:
-        before = outer = open_scope.get()
+        before = outer = get_open_scope()
         if context.finders:
             outer = here()
         if self._open or self._made_of is not NO_ID:
@@ -202,7 +214,7 @@ class StageContext(Scope):
             self._start_over()
         self._start(outer)
         self._before = before
-        open_scope.set(self)
+        set_open_scope(self)
         return self
 
     def _start(self, outer: Scope | None) -> None:
@@ -227,8 +239,7 @@ class StageContext(Scope):
     def _find_place(self, outer: Scope | None) -> None:
         """Find parent and trace, of which something may be given."""
         _, parent, parent_stage_id, trace_id, *_ = self._given
-        # One of a tracer that is switched off has never begun.
-        if parent is not None and issubclass(type(parent), Scope) and hasattr(parent, "_trace"):
+        if has_begun(parent):
             outer = parent
         self._parent_stage_id, trace = place(
             outer, self._recorder, parent_stage_id, None if trace_id is None else as_id(trace_id)
@@ -247,9 +258,9 @@ class StageContext(Scope):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         ended_perf_ns = clock.perf_counter_ns()
-        scope = open_scope.get()
+        scope = get_open_scope()
         if scope is self and self._open:  # as it is almost always
-            open_scope.set(self._before)
+            set_open_scope(self._before)
             self._end(error, ended_perf_ns)
             return
         # Left out of order, or entered more than once: the innermost open stage of this context that
@@ -273,7 +284,8 @@ class StageContext(Scope):
             if self.status == "error":
                 recorder.fail_trace(self._trace)
             setup = recorder.setup
-            if setup.put_draft is None or not self._draft(setup, setup.put_draft, elapsed_ns):
+            put = setup.put_draft
+            if put is None or not self._draft(setup.encoder, put, elapsed_ns):
                 recorder.record(self._fields(elapsed_ns), self._trace)
         except Exception as fault:  # noqa: BLE001 - what a user assigned to our fields
             recorder.fault("ending a stage", fault)
@@ -323,7 +335,7 @@ class StageContext(Scope):
         again._made_from = self._template
         return again
 
-    def _draft(self, setup: Setup, put: Callable[[Draft], bool], elapsed_ns: int) -> bool:
+    def _draft(self, encoder: Encoder, put: Callable[[Draft], bool], elapsed_ns: int) -> bool:
         """Put the stage as a draft, whose ids and times are formatted later; say whether that does."""
         trace, content = self._trace, self._content()
         in_trace = trace.opened
@@ -331,7 +343,7 @@ class StageContext(Scope):
             content["trace_id"], in_trace = trace.given_id, NO_ID
         if self._parent_stage_id is not None and self._parent is NO_ID:
             content["parent_stage_id"] = self._parent_stage_id
-        encoded = setup.encoder.at_once(content)
+        encoded = encoder.at_once(content)
         if encoded is None:
             return False
         span = 0 if self._span_id is None else int(self._span_id, 16)

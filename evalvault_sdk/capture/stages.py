@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
-from evalvault_sdk.capture.context import Scope, Trace, as_id, here, is_in_stage_of, place
+from evalvault_sdk.capture.context import Scope, Trace, as_id, has_begun, here, is_in_stage_of, place
 from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.given import Given, as_object, as_reference
 from evalvault_sdk.capture.nostage import NO_STAGE, dormant
@@ -95,7 +95,7 @@ class Stages:
             if self._stays_off:
                 return NO_STAGE
             if not self._is_dormant:
-                return dormant(functools.partial(_Dormant(self._recorder).stage, stage_type))
+                return dormant(functools.partial(self._stage_of_decorator, stage_type))
         return self._stage(stage_type, **given)
 
     def _stage(
@@ -121,7 +121,7 @@ class Stages:
             if self._stays_off:
                 return stage_type if callable(stage_type) else NO_STAGE
             made = functools.partial(
-                _Dormant(self._recorder).stage,
+                self._stage_of_decorator,
                 stage_name=stage_name,
                 parent=parent,
                 parent_stage_id=parent_stage_id,
@@ -153,6 +153,10 @@ class Stages:
         )
         stage = StageContext(recorder, stage_type, given)
         return stage if function is None else stage(function)
+
+    def _stage_of_decorator(self, stage_type: Any, **given: Any) -> Any:
+        """Make a stage although nothing is recorded for now."""
+        return _Dormant(self._recorder).stage(stage_type, **given)
 
     # Its parameters are those that `inspect` and editors show, and errors are of `stage`.
     stage.__wrapped__ = _stage  # type: ignore[attr-defined]
@@ -232,8 +236,7 @@ class Stages:
         if not recorder.enabled:
             return stage_id
         try:
-            has_begun = issubclass(type(parent), Scope) and hasattr(parent, "_trace")
-            around = parent if has_begun else here()
+            around = parent if has_begun(parent) else here()
             if trace_id is not None:
                 trace_id = as_id(trace_id)
             parent_id, trace = place(around, recorder, parent_stage_id, trace_id)

@@ -32,6 +32,7 @@ import requests.adapters
 import requests.utils
 from urllib3.util.ssl_ import create_urllib3_context
 
+from evalvault_sdk.capture import stage
 from evalvault_sdk.cli.spool import Destination
 from evalvault_sdk.config import Settings
 from evalvault_sdk.delivery.batch import Batch
@@ -99,6 +100,10 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
         yield Finding("settings", "ok", "valid")
     else:
         yield Finding("settings", "warning", "recording is switched off", "unset EVALVAULT_SDK_DISABLED to record")
+    if Path(stage.__file__).suffix == ".py":
+        yield Finding("recording", "ok", "not compiled: a stage costs twice what it does where it is")
+    else:
+        yield Finding("recording", "ok", "compiled")
     destination = settings.file or settings.db_path
     if destination is not None:
         yield from _file(settings, destination)

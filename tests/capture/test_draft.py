@@ -215,6 +215,6 @@ def test_where_a_stage_belongs_does_not_depend_on_what_it_holds(value: Any) -> N
 def test_a_wrong_keyword_is_said_to_be_one_of_stage() -> None:
     with (
         StageTracer("r", transport=MemoryTransport(), durability="memory") as tracer,
-        pytest.raises(TypeError, match=r"Stages\.stage\(\) got an unexpected keyword argument 'attribute'"),
+        pytest.raises(TypeError, match=r"stage\(\) got an unexpected keyword argument 'attribute'"),
     ):
         tracer.stage("retrieval", attribute={})  # type: ignore[call-overload]

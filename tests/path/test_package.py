@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import uuid
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,11 +52,28 @@ SERVE_AND_SEND = textwrap.dedent(
 )
 
 
+#: The modules that are compiled.
+COMPILED = {path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "evalvault_sdk").rglob("*.pxd")}
+needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+def build(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(folder), str(ROOT)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def compiled_modules(wheel: Path) -> set[str]:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any(name.endswith((".pxd", ".c")) for name in names)
+    return {name.partition(".")[0] for name in names if name.endswith((".so", ".pyd"))}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is built of the sdist that is built of the checkout."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = build(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(folder.glob("*.tar.gz"))) == 1
     (built,) = folder.glob("*.whl")
     return built
@@ -116,9 +135,36 @@ def test_the_demo_extra_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
     assert "The SDK's account: recorded" in environment.run("evalvault-sdk", "demo")
 
 
-def test_the_wheel_is_typed_and_holds_what_it_needs(wheel: Path) -> None:
-    import zipfile
+@needs_a_compiler
+def test_what_records_stages_is_compiled_in_the_wheel(wheel: Path, tmp_path: Path, server: LiveServer) -> None:
+    assert COMPILED
+    assert compiled_modules(wheel) == COMPILED
+    assert "py3-none-any" not in wheel.name
+    environment = Environment(tmp_path, wheel, "")
+    modules = sorted(name.replace("/", ".") for name in COMPILED)
+    script = f"import importlib; print(*(importlib.import_module(name).__file__ for name in {modules}))"
+    assert not any(path.endswith(".py") for path in environment.run("python", "-c", script).split())
 
+
+@pytest.mark.parametrize("environment", [{"EVALVAULT_SDK_COMPILE": "0"}, {"CC": "there-is-no-compiler"}])
+def test_a_wheel_for_any_machine_is_built_on_demand_and_without_a_compiler(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = build(tmp_path, "--wheel", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*-py3-none-any.whl")
+    assert not compiled_modules(built)
+    assert ("records at half the speed" in done.stdout + done.stderr) == ("CC" in environment)
+
+
+def test_who_wants_it_compiled_is_told_where_it_cannot_be(tmp_path: Path) -> None:
+    done = build(tmp_path, "--wheel", CC="there-is-no-compiler", EVALVAULT_SDK_COMPILE="1")
+    assert done.returncode != 0
+    assert "there-is-no-compiler" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_the_wheel_is_typed_and_holds_what_it_needs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "evalvault_sdk/py.typed" in names
     assert "evalvault_sdk/cli/custom_rag_example.py" in names
