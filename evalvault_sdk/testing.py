@@ -24,7 +24,7 @@ from typing import Any
 import attrs
 import orjson
 
-from evalvault_sdk.capture import clock as clock_module
+from evalvault_sdk.capture.clock import clock as real_clock
 from evalvault_sdk.capture.recorder import Note, RefusalReason
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.default import default
@@ -94,9 +94,9 @@ class FakeClock:
         self._now_ns += round(seconds * 1e9)
 
     def __enter__(self) -> FakeClock:
-        self._replaced.append((clock_module.time_ns, clock_module.perf_counter_ns))
-        clock_module.time_ns = self._time_ns
-        clock_module.perf_counter_ns = lambda: self._now_ns
+        self._replaced.append((real_clock.time_ns, real_clock.perf_counter_ns))
+        real_clock.time_ns = self._time_ns
+        real_clock.perf_counter_ns = lambda: self._now_ns
         return self
 
     def _time_ns(self) -> int:
@@ -105,7 +105,7 @@ class FakeClock:
 
     def __exit__(self, *_: object) -> None:
         if self._replaced:
-            clock_module.time_ns, clock_module.perf_counter_ns = self._replaced.pop()
+            real_clock.time_ns, real_clock.perf_counter_ns = self._replaced.pop()
 
 
 @attrs.define(eq=False)

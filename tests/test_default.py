@@ -13,7 +13,7 @@ import pytest
 
 import evalvault_sdk
 from evalvault_sdk import FolderPayloadStore, StageTracer
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.observed import ObservedStages
 from evalvault_sdk.default import DefaultTracer
 from evalvault_sdk.testing import CapturingTransport, FakeClock, RecordedStages, record_stages

@@ -8,7 +8,7 @@ import pytest
 
 import evalvault_sdk
 from evalvault_sdk import StageTracer, current_stage
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.testing import CapturingTransport, FakeClock, RecordedStages, record_stages
 
 pytest_plugins = ["pytester"]

@@ -34,8 +34,8 @@ _OPTIONS = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS | o
 _dumps = orjson.dumps
 
 _SCALARS = frozenset((int, float, bool, type(None)))
-#: Fields of an event of which nothing is known but its type, status and attributes.
-_PLAIN_FIELDS = 3
+#: So many types of stages are remembered as they are encoded.
+_MAX_BEGINS = 1_000
 _CONTAINERS = frozenset((list, tuple, dict))
 #: Bytes of JSON that a character, and a number, take at most.
 _CHARACTER_BYTES = 6
@@ -94,6 +94,8 @@ class Encoder:
         mask: Mask | None = None,
     ) -> None:
         self._finisher = Finisher(run_id)
+        #: For a type of stage: what the content of one that went well begins with.
+        self._begins: dict[str, bytes] = {}
         self._limits = limits or Limits()
         self._redactor = redactor or Redactor()
         self._content = content
@@ -119,7 +121,7 @@ class Encoder:
 
     def encode(self, fields: dict[str, Any], notes: Notes) -> bytes | None:
         """Return an event as JSON bytes; None if it is too large whatever is cut."""
-        event = self.at_once(fields)
+        event = self._at_once(fields)
         if event is None or self._may_hold_secret(event):
             event = self._thorough(fields, notes)
         # A copy: orjson leaves its result as large as the buffer was that it was written into, and it may have to wait.
@@ -150,30 +152,65 @@ class Encoder:
 
     # -- the fast way: is there anything to be careful about? -----------------------------------------
 
-    def at_once(self, fields: dict[str, Any]) -> bytes | None:
+    def content(
+        self, stage_type: Any, status: Any, attributes: Any, rest: dict[str, Any] | None = None
+    ) -> bytes | None:
         """
-        Return fields as JSON, if there is nothing to be careful about but secrets in texts; else None.
+        Return all of an event but its ids and times as JSON without the brace that it begins with.
 
-        It may hold secrets: nobody but `finish` is to see it.
+        None, if there is anything to be careful about but secrets in texts. It may hold those: nobody but `finish` is
+        to see it. `rest` are the fields that few events have.
         """
         if self._look_at_all:
             return None
         try:
-            stage_type, status = fields["stage_type"], fields["status"]
-            if not (type(stage_type) is type(status) is str and len(stage_type) + len(status) <= _MAX_FIELD):
+            begin = self._begins.get(stage_type) if status == "success" else None
+            if begin is None:
+                begin = self._begin(stage_type, status)
+            if begin is None or not self._are_small(attributes):
+                return None
+            end = b"}" if rest is None else self._end(rest)
+            if end is None:
+                return None
+            # A copy: orjson leaves its result as large as the buffer was that it was written into.
+            encoded = begin + _dumps(attributes, None, _OPTIONS) + end
+            return encoded if len(encoded) <= self._max_small else None
+        except Exception:  # noqa: BLE001 - something that orjson alone has no form for
+            return None
+
+    def _begin(self, stage_type: Any, status: Any) -> bytes | None:
+        if not _are_names(stage_type, status):
+            return None
+        begin = b'"stage_type":%b,"status":%b,"attributes":' % (_dumps(stage_type), _dumps(status))
+        if status == "success":
+            if len(self._begins) >= _MAX_BEGINS:
+                self._begins.clear()
+            self._begins[stage_type] = begin
+        return begin
+
+    def _end(self, rest: dict[str, Any]) -> bytes | None:
+        return b",%b" % _dumps(rest, None, _OPTIONS)[1:] if self._is_plain(rest) else None
+
+    def _at_once(self, fields: dict[str, Any]) -> bytes | None:
+        """Return a whole event as JSON, if there is nothing to be careful about but secrets in texts; else None."""
+        if self._look_at_all:
+            return None
+        try:
+            if not (_are_names(fields["stage_type"], fields["status"]) and self._is_plain(fields)):
                 return None
             if not self._are_small(fields["attributes"]):
                 return None
-            if len(fields) > _PLAIN_FIELDS:
-                name = fields.get("stage_name", "")
-                if type(name) is not str or len(name) > _MAX_FIELD or "input_ref" in fields or "output_ref" in fields:
-                    return None
-                if "metadata" in fields and not self._are_small(fields["metadata"]):
-                    return None
             encoded = _dumps(fields, None, _OPTIONS)
             return encoded if len(encoded) <= self._max_small else None
         except Exception:  # noqa: BLE001 - something that orjson alone has no form for
             return None
+
+    def _is_plain(self, fields: dict[str, Any]) -> bool:
+        """Whether there is nothing to be careful about in the fields that few events have."""
+        name = fields.get("stage_name", "")
+        if type(name) is not str or len(name) > _MAX_FIELD or "input_ref" in fields or "output_ref" in fields:
+            return False
+        return "metadata" not in fields or self._are_small(fields["metadata"])
 
     def _are_small(self, values: dict[str, Any]) -> bool:
         """Whether every field is harmless: its key no secret's, its value of JSON's own types and within limits."""
@@ -297,6 +334,10 @@ class Encoder:
         # Ids and times are what they are: changed, they would lead nowhere.
         redactor = self._redactor if name in _NAMES else _NOTHING
         return Walk(_FIELD_LIMITS, redactor).plain(value)
+
+
+def _are_names(stage_type: Any, status: Any) -> bool:
+    return type(stage_type) is type(status) is str and len(stage_type) + len(status) <= _MAX_FIELD
 
 
 def _are_texts(values: list[Any], room: int) -> bool:

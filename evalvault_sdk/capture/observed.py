@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.context import Scope, add_finder, here, remove_finder
 from evalvault_sdk.capture.given import Given
 from evalvault_sdk.capture.recorder import Recorder

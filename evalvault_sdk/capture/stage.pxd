@@ -2,8 +2,11 @@
 
 cimport cython
 
+from evalvault_sdk.capture.clock cimport Clock
 from evalvault_sdk.capture.context cimport Scope, Trace
 from evalvault_sdk.capture.recorder cimport Recorder
+
+cdef Clock clock
 
 
 cdef class StageContext(Scope):
@@ -18,7 +21,6 @@ cdef class StageContext(Scope):
     cpdef _start(self, Scope outer)
     @cython.locals(elapsed_ns=cython.longlong, recorder=Recorder)
     cpdef _end(self, error, long long ended_perf_ns)
-    @cython.locals(trace=Trace, encoded=bytes)
+    @cython.locals(trace=Trace, content=bytes)
     cpdef bint _draft(self, encoder, put, elapsed_ns) except -1
-    @cython.locals(fields=dict)
-    cpdef dict _content(self)
+    cpdef _rest(self)

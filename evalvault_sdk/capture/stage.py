@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evalvault_sdk.capture import clock, context
+from evalvault_sdk.capture import context
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.context import (
     Scope,
     Trace,
@@ -283,6 +284,11 @@ class StageContext(Scope):
                 self._tell_of(error)
             if self.status == "error":
                 recorder.fail_trace(self._trace)
+            if self.status is None:
+                # Null means the default to our server; EvalVault's ingest breaks on it, and on the file that it is in.
+                self.status = "success"
+            if type(self._attributes) is not dict:
+                self._attributes = as_object(self._attributes)
             setup = recorder.setup
             put = setup.put_draft
             if put is None or not self._draft(setup.encoder, put, elapsed_ns):
@@ -337,18 +343,17 @@ class StageContext(Scope):
 
     def _draft(self, encoder: Encoder, put: Callable[[Draft], bool], elapsed_ns: int) -> bool:
         """Put the stage as a draft, whose ids and times are formatted later; say whether that does."""
-        trace, content = self._trace, self._content()
+        trace, rest = self._trace, self._rest()
         in_trace = trace.opened
         if trace.given_id is not None:
-            content["trace_id"], in_trace = trace.given_id, NO_ID
+            rest, in_trace = {**(rest or {}), "trace_id": trace.given_id}, NO_ID
         if self._parent_stage_id is not None and self._parent is NO_ID:
-            content["parent_stage_id"] = self._parent_stage_id
-        encoded = encoder.at_once(content)
-        if encoded is None:
+            rest = {**(rest or {}), "parent_stage_id": self._parent_stage_id}
+        content = encoder.content(self.stage_type, self.status, self._attributes, rest)
+        if content is None:
             return False
         span = 0 if self._span_id is None else int(self._span_id, 16)
-        # A slice: orjson leaves its result as large as the buffer was that it was written into.
-        draft = self._made_of, elapsed_ns, span, self._parent, in_trace, encoded[1:]
+        draft = self._made_of, elapsed_ns, span, self._parent, in_trace, content
         return put(draft) or not self._recorder.not_taken(draft)
 
     def _fields(self, elapsed_ns: int) -> dict[str, Any]:
@@ -362,21 +367,19 @@ class StageContext(Scope):
             "trace_id": self._trace.trace_id,
             "parent_stage_id": self.parent_stage_id,
             **fields_of(self._made_of, elapsed_ns, 0 if self._span_id is None else int(self._span_id, 16)),
-            **self._content(),
+            "stage_type": self.stage_type,
+            "status": self.status,
+            "attributes": self._attributes,
+            **(self._rest() or {}),
         }
         if fields["parent_stage_id"] is None:
             del fields["parent_stage_id"]
         return fields
 
-    def _content(self) -> dict[str, Any]:
-        """Return the fields of the event but for ids and times."""
-        attributes, metadata, trace_metadata = self._attributes, self._metadata, self._trace.metadata
-        fields: dict[str, Any] = {
-            "stage_type": self.stage_type,
-            # Null means the default to our server; EvalVault's ingest breaks on it, and on the file that it is in.
-            "status": "success" if self.status is None else self.status,
-            "attributes": attributes if type(attributes) is dict else as_object(attributes),
-        }
+    def _rest(self) -> dict[str, Any] | None:
+        """Return the fields that few stages have, if this one has any."""
+        metadata, trace_metadata = self._metadata, self._trace.metadata
+        fields: dict[str, Any] = {}
         if self.stage_name is not None:
             fields["stage_name"] = self.stage_name
         if self.attempt != 1 and self.attempt is not None:
@@ -389,4 +392,4 @@ class StageContext(Scope):
             fields["input_ref"] = as_reference(self.input_ref)
         if self.output_ref is not None:
             fields["output_ref"] = as_reference(self.output_ref)
-        return fields
+        return fields or None

@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.bind import bind
 from evalvault_sdk.capture.call import Call, CallCapture
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.context import Scope, Trace, as_id, has_begun, here, is_in_stage_of, place
 from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.given import Given, as_object, as_reference

@@ -18,8 +18,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any
 
-from evalvault_sdk.capture import clock
 from evalvault_sdk.capture.call import KeptItems
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.context import Scope, here, open_scope
 from evalvault_sdk.capture.stage import StageContext
 

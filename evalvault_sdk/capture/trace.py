@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.context import Scope, Trace, as_id, here, leave, open_scope
 from evalvault_sdk.capture.propagate import Remote, current_span, read_headers, run_hash
 from evalvault_sdk.capture.recorder import Recorder

@@ -26,9 +26,9 @@ def content_of(**attributes: Any) -> dict[str, Any]:
 
 
 def draft_of(elapsed_ns: int = 1_500_000, made_of: Id = MADE_OF, span: int = 0, **attributes: Any) -> Draft:
-    content = Encoder().at_once(content_of(**attributes))
+    content = Encoder().content("retrieval", "success", attributes)
     assert content is not None
-    return made_of, elapsed_ns, span, PARENT, TRACE, content[1:]
+    return made_of, elapsed_ns, span, PARENT, TRACE, content
 
 
 def finished(*drafts: Draft) -> list[Any]:
@@ -118,12 +118,12 @@ def test_the_ids_and_times_of_a_draft_are_those_of_the_stage() -> None:
     ],
 )
 def test_what_has_to_be_looked_at_closely_is_no_draft(attributes: dict[str, Any]) -> None:
-    assert Encoder().at_once(content_of(**attributes)) is None
+    assert Encoder().content("retrieval", "success", attributes) is None
 
 
 def test_nothing_is_drafted_where_all_content_has_to_be_looked_at() -> None:
     for encoder in (Encoder(content="none"), Encoder(mask=dict), Encoder(redactor=Redactor(personal=["email"]))):
-        assert encoder.at_once(content_of(top_k=1)) is None
+        assert encoder.content("retrieval", "success", {"top_k": 1}) is None
 
 
 @pytest.mark.parametrize("settings", [{"durability": "spool", "max_queue_events": 2}, {"durability": "journal"}])

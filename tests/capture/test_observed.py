@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from evalvault_sdk import StageTracer, current_stage, trace_headers
-from evalvault_sdk.capture import clock, context
+from evalvault_sdk.capture import context
 from evalvault_sdk.capture import observed as observed_module
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.observed import EVICTED, ObservedStages
 from evalvault_sdk.testing import FakeClock, RecordedStages, record_stages
 

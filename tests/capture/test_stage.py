@@ -301,7 +301,7 @@ def test_a_step_of_the_wall_clock_makes_no_negative_duration(
     recorder: Recorder, sink: ListSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([2_000_000_000_000_000_000, 1_000_000_000_000_000_000])
-    monkeypatch.setattr("evalvault_sdk.capture.clock.time_ns", lambda: next(times))
+    monkeypatch.setattr("evalvault_sdk.capture.clock.clock.time_ns", lambda: next(times))
     with StageContext(recorder, "a"):
         pass
     event = StageEvent.from_dict(sink.events[0])

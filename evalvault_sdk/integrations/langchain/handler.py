@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, TypeVar
 from uuid import UUID
 
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stages import Stages

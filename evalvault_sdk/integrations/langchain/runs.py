@@ -23,7 +23,7 @@ from uuid import UUID
 
 import attrs
 
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.context import Scope
 from evalvault_sdk.capture.draft import iso_time
 from evalvault_sdk.capture.observed import ObservedStages

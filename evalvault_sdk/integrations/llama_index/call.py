@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evalvault_sdk.capture import clock
+from evalvault_sdk.capture.clock import clock
 from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.integrations.llama_index import reading
 
