@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.recording import Figures
 from benchmarks.situations import FRAMEWORKS, HIGHER_IS_BETTER, MEASURES, SITUATIONS, Situation
 from benchmarks.subjects import SUBJECTS
+from tests.support import is_compiled
 
 RESULTS = Path(__file__).with_name("results")
 #: Of each situation and SDK the figures of every round.
@@ -145,6 +146,7 @@ def write(results: Results, rounds: int, command: str) -> None:
         "rounds": rounds,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "evalvault_sdk": "compiled" if is_compiled() else "not compiled",
         "versions": {name: metadata.version(name) for name in _distributions(results)},
         "configured": {name: SUBJECTS[name].configured for name in _subjects(results) if SUBJECTS[name].configured},
         "measures": MEASURES,

@@ -110,7 +110,7 @@ _HINT_PEM = re.compile(rb"PRIVATE KEY(?: BLOCK)?-----").search
 _HINT_URL = re.compile(rb"://[^\s/\"'<>\\]+@").search
 # A sign inside a text. In JSON a colon behind a quote is none, unless the quote is escaped; nor are those of times.
 _EQUALS = re.compile(rb"=").finditer
-_COLONS = re.compile(rb':(?<=[^"0-9]:)').finditer
+_COLON = re.compile(rb':(?<=[^"0-9]:)')
 _QUOTED_COLONS = re.compile(rb'\\":').finditer
 #: What may stand before one, and so many bytes of it at most.
 _HINT_ASSIGNMENT = re.compile(
@@ -188,7 +188,7 @@ class Redactor:
             or (75 in encoded and _HINT_PEM(encoded, start))  # K
             or (64 in encoded and _HINT_URL(encoded, start))  # @
             or (61 in encoded and _hints_at_assignment(_EQUALS(encoded, start)))  # =
-            or _hints_at_assignment(_COLONS(encoded, start))
+            or (_COLON.search(encoded, start) and _hints_at_assignment(_COLON.finditer(encoded, start)))
             or (92 in encoded and _hints_at_assignment(_QUOTED_COLONS(encoded, start)))  # a backslash
         )
 
