@@ -41,15 +41,23 @@ class _NoStage(StageContext):
 
     __slots__ = ()
 
-    def __init__(self) -> None:
-        super().__init__(NOWHERE, "none")
-
+    stage_type, status, attempt = "none", "success", 1
+    stage_name = input_ref = output_ref = None
+    stage_id = span_id = trace_id = parent_stage_id = property(lambda _: None)
     #: A new one at each look: what is put in goes nowhere.
     attributes = metadata = property(lambda _: {}, lambda _, value: None)
 
+    def __init__(self) -> None:
+        pass
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if not hasattr(self, "_call"):  # the last that the constructor sets
-            super().__setattr__(name, value)
+        pass
+
+    def __copy__(self) -> StageContext:
+        return self
+
+    def __deepcopy__(self, memo: object) -> StageContext:
+        return self
 
     def __enter__(self) -> StageContext:
         return self
@@ -61,6 +69,18 @@ class _NoStage(StageContext):
         return function
 
     def set(self, /, **attributes: Any) -> None:
+        pass
+
+    def fail(self, reason: str, *, kind: str = "Error") -> None:
+        pass
+
+    def skip(self, reason: str | None = None) -> None:
+        pass
+
+    def save_input(self, value: Any) -> None:
+        pass
+
+    def save_output(self, value: Any) -> None:
         pass
 
 
@@ -76,12 +96,6 @@ class _Dormant(_NoStage):
 
     def __init__(self, make: Callable[[], StageContext]) -> None:
         _Dormant._make.__set__(self, make)  # type: ignore[attr-defined,misc]  # below `__setattr__`, which keeps nothing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(NO_STAGE, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pass
 
     def __call__(self, function: T) -> T:
         return self._make()(function)

@@ -76,8 +76,7 @@ class Setup:
 class _LateEncoder:
     """An encoder with all defaults. It is made with its first use: programs that have a tracer never need it."""
 
-    def __init__(self) -> None:
-        self._made: Encoder | None = None
+    _made: Encoder | None = None
 
     def __getattr__(self, name: str) -> Any:
         if self._made is None:

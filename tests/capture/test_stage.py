@@ -15,11 +15,13 @@ import pytest
 
 from evalvault_sdk import StageEvent, StagePayloadRef, current_stage
 from evalvault_sdk.capture.given import Given
+from evalvault_sdk.capture.nostage import NO_STAGE
 from evalvault_sdk.capture.recorder import Recorder
 from evalvault_sdk.capture.stage import StageContext
 from evalvault_sdk.capture.stages import Stages
 from evalvault_sdk.log import Rarely
-from tests.support import ListSink
+from evalvault_sdk.testing import FakeClock
+from tests.support import ListSink, run_script
 
 
 @pytest.fixture
@@ -307,6 +309,38 @@ def test_a_step_of_the_wall_clock_makes_no_negative_duration(
     event = StageEvent.from_dict(sink.events[0])
     assert event.duration_ms is not None
     assert 0 <= event.duration_ms < 1000
+
+
+@pytest.mark.parametrize("now_s", [-1e12, 0, 9.3e9, 253_402_214_400.0])
+@pytest.mark.parametrize("took_s", [0.5, -1e10, 1e12])
+def test_whatever_the_clock_says_the_program_does_not_feel_it(
+    recorder: Recorder, sink: ListSink, now_s: float, took_s: float
+) -> None:
+    with FakeClock(now_s) as clock, StageContext(recorder, "a"):
+        clock.advance(took_s)
+    assert current_stage() is NO_STAGE
+    assert len(sink.put_events) + len(sink.refused) == 1
+
+
+def test_a_hundred_thousand_stages_that_were_never_left_are_freed_on_a_small_stack() -> None:
+    script = """
+import contextvars, threading
+from evalvault_sdk import StageTracer
+tracer = StageTracer("r", file="events.jsonl")
+def enter():
+    for _ in range(100_000):
+        tracer.stage("x").__enter__()
+def work():
+    context = contextvars.copy_context()
+    context.run(enter)
+threading.stack_size(256 << 10)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print("survived")
+"""
+    done = run_script(f"import os, tempfile\nos.chdir(tempfile.mkdtemp())\n{script}")
+    assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr
 
 
 def test_one_object_used_by_two_threads_keeps_their_stages_apart(recorder: Recorder, sink: ListSink) -> None:
