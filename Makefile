@@ -34,7 +34,8 @@ test: $(VENV)/.dev interpreted
 	$(BIN)/python -m pytest $(ARGS)
 
 #: What records and delivers. The rest runs the same code as without.
-COMPILED_TESTS := tests/capture tests/delivery tests/test_default.py tests/path/test_chaos.py
+COMPILED_TESTS := tests/capture tests/test_default.py tests/path/test_chaos.py \
+  $(addprefix tests/delivery/test_,queue_and_batch.py worker.py endings.py)
 
 test-compiled: compiled
 	$(BIN)/python -m pytest $(COMPILED_TESTS) $(ARGS); status=$$?; $(MAKE) --no-print-directory interpreted; exit $$status
