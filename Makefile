@@ -33,8 +33,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev interpreted
 	$(BIN)/python -m pytest $(ARGS)
 
-#: What records and delivers. The rest runs the same code as without.
-COMPILED_TESTS := tests/capture tests/test_default.py tests/path/test_chaos.py \
+#: What goes through compiled modules at every turn, and real programs that are killed.
+COMPILED_TESTS := $(filter-out tests/capture/test_plain.py,$(wildcard tests/capture/test_*.py)) tests/path/test_chaos.py \
   $(addprefix tests/delivery/test_,queue_and_batch.py worker.py endings.py)
 
 test-compiled: compiled
