@@ -113,7 +113,7 @@ dist: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build
 
-clean:
+clean: interpreted
 	rm -rf .venv .venv-3.* .venv-interop .venv-beside .venv-frameworks .venv-bench .venv-fuzz .venv-docs build dist
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 

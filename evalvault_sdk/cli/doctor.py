@@ -101,7 +101,7 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
     else:
         yield Finding("settings", "warning", "recording is switched off", "unset EVALVAULT_SDK_DISABLED to record")
     if Path(stage.__file__).suffix == ".py":
-        yield Finding("recording", "ok", "not compiled: a stage costs twice what it does where it is")
+        yield Finding("recording", "ok", "not compiled here: recording a stage takes twice the time")
     else:
         yield Finding("recording", "ok", "compiled")
     destination = settings.file or settings.db_path

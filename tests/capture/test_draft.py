@@ -115,10 +115,44 @@ def test_the_ids_and_times_of_a_draft_are_those_of_the_stage() -> None:
         {"n": [1, object()]},
         {"k" * 200: 1},
         {"d": [["x"] * 20_000]},
+        {"r": range(10**18)},
+        {"r": [range(10**18)]},
+        {"d": {"r": [{"s": range(10**18)}]}},
     ],
 )
 def test_what_has_to_be_looked_at_closely_is_no_draft(attributes: dict[str, Any]) -> None:
     assert Encoder().content("retrieval", "success", attributes) is None
+
+
+def test_stages_of_one_type_have_each_its_own_status() -> None:
+    for statuses in (("success", "error", "success"), ("skipped", "success", "error")):
+        encoder = Encoder()
+        contents = [encoder.content("retrieval", status, {"top_k": 1}) for status in statuses]
+        told = [orjson.loads(b"{%b" % content) for content in contents if content is not None]
+        assert told == [{**content_of(top_k=1), "status": status} for status in statuses]
+
+
+def test_types_that_a_program_makes_up_cost_no_memory() -> None:
+    encoder = Encoder()
+    for number in range(3_000):
+        assert encoder.content(f"type {number}", "success", {}) is not None
+    assert len(encoder._begins) <= 1_000
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"stage_name": 5},
+        {"stage_name": "x" * 2_000},
+        {"metadata": {"password": "x"}},
+        {"input_ref": {"store": "s", "id": "i"}},
+        {"output_ref": {"store": "s", "id": "i"}},
+    ],
+)
+def test_what_has_to_be_looked_at_closely_is_no_draft_wherever_it_is(rest: dict[str, Any]) -> None:
+    assert Encoder().content("retrieval", "success", {"top_k": 1}, rest) is None
+    content = Encoder().content("retrieval", "success", {"top_k": 1}, {"stage_name": "a", "metadata": {"b": 1}})
+    assert orjson.loads(b"{%b" % (content or b"")) == {**content_of(top_k=1), "stage_name": "a", "metadata": {"b": 1}}
 
 
 def test_nothing_is_drafted_where_all_content_has_to_be_looked_at() -> None:

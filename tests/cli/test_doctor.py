@@ -26,7 +26,7 @@ import trustme
 from evalvault_sdk import Settings, StageTracer
 from evalvault_sdk.cli import doctor
 from tests.cli.test_commands import command
-from tests.support import LiveServer, free_port, live_server
+from tests.support import LiveServer, free_port, is_compiled, live_server
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 EMPTY = {"error": "Invalid request", "details": "events must hold at least one event"}
@@ -44,6 +44,11 @@ def examine(**environ: str) -> dict[str, doctor.Finding]:
     environ = {"EVALVAULT_SPOOL_DIR": os.environ["EVALVAULT_SPOOL_DIR"], **environ}
     settings, _shown = doctor.resolve(environ)
     return {finding.what: finding for finding in doctor.examine(settings, environ)}
+
+
+def test_it_says_whether_recording_is_compiled(server: LiveServer) -> None:
+    finding = examine(EVALVAULT_API_URL=server.url, EVALVAULT_RUN_ID="r")["recording"]
+    assert finding.text.startswith("compiled" if is_compiled() else "not compiled")
 
 
 @contextlib.contextmanager
